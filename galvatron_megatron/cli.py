@@ -1,0 +1,69 @@
+"""The ``galvatron`` command: parses arguments and hands over to one module of ``commands``.
+
+A module of ``commands`` has ``HELP`` (one line), ``add_arguments(parser)`` and ``run(arguments) -> int``.
+Only the module of the command that was asked for is imported, so that every command starts quickly.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from galvatron_megatron import __version__
+from galvatron_megatron.errors import EXIT_CODE, GalvatronError, did_you_mean
+
+COMMANDS = {
+    "search": "find the fastest plan for a model on a cluster",
+    "estimate": "predict step time and memory of one plan or Megatron command line",
+    "profile": "measure the cluster and the model on the ranks at hand, or manage stored profiles",
+    "export": "write a plan as Megatron arguments or for other tools",
+    "validate": "hold the cost model against measured runs",
+    "calibrate": "fit a device's constants to measured runs",
+}
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Reports a usage error in one line."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(EXIT_CODE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments after the program's name; ``sys.argv[1:]`` by default.
+
+    Returns:
+        Exit code: 0 success, 2 bad input or impossible request, 130 interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _OneLineParser(
+        prog="galvatron",
+        description="Find and run the fastest parallel plan for training a large model with Megatron.",
+        epilog="galvatron COMMAND --help explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"galvatron_megatron {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_OneLineParser)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    if chosen is not None and chosen not in COMMANDS:
+        parser.error(f"unknown command {chosen!r}; {did_you_mean(chosen, COMMANDS)}")
+    for name, help_line in COMMANDS.items():
+        command = commands.add_parser(name, help=help_line, description=help_line.capitalize() + ".")
+        if name == chosen:
+            module = import_module(f"galvatron_megatron.commands.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return arguments.run(arguments)
+    except GalvatronError as error:
+        print(f"galvatron {arguments.command}: {error}", file=sys.stderr)
+        return EXIT_CODE
+    except KeyboardInterrupt:
+        print(f"galvatron {arguments.command}: interrupted", file=sys.stderr)
+        return 130

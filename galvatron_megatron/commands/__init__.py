@@ -1,0 +1,1 @@
+"""The commands of the galvatron command line, one module each."""

@@ -1,0 +1,1 @@
+"""What there is to plan for: model, cluster and profile. Imports no torch, megatron or deepspeed."""

@@ -1,0 +1,1 @@
+"""Attach to Megatron-LM."""

@@ -1,0 +1,1 @@
+"""Fill a profile by measuring or tracing. Needs torch and megatron-core."""

@@ -1,0 +1,1 @@
+"""Show plans and estimates to people. Imports no torch, megatron or deepspeed."""

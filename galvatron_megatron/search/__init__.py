@@ -1,0 +1,1 @@
+"""Choose a plan. Imports no torch, megatron or deepspeed."""
