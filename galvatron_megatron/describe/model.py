@@ -72,6 +72,9 @@ class Experts:
     ffn_hidden_size: int
     """Of one expert."""
     shared_ffn_hidden_size: int = 0
+    """Of all shared experts together; 0 without them."""
+    shared_gate: bool = False
+    """A learned gate scales the output of the shared experts."""
     gated: bool = True
     bias: bool = False
     activation: str = "silu"
@@ -90,8 +93,20 @@ class Mamba:
     head_dim: int = 64
     groups: int = 8
     heads: int = 0
+    """0 means expand * hidden_size / head_dim."""
     expand: int = 2
     conv_kernel: int = 4
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "state_dim", "head_dim", "groups", "expand", "conv_kernel")
+
+    def inner_size(self, hidden_size: int) -> int:
+        """Width inside the mixer: heads * head_dim, or expand * hidden_size where heads are not given."""
+        return self.heads * self.head_dim if self.heads else self.expand * hidden_size
+
+    def head_count(self, hidden_size: int) -> int:
+        """Heads of the mixer."""
+        return self.heads or self.expand * hidden_size // self.head_dim
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
