@@ -48,7 +48,18 @@ class LayerCost:
 
 
 class CostModel(Protocol):
-    """Prices layers; a table, a profile or a formula. All methods are pure: equal arguments, equal answers."""
+    """Prices layers; a table, a profile or a formula. All methods are pure: equal arguments, equal answers.
+
+    The search prices nothing twice and therefore relies on what a price may depend on:
+
+    * ``layer_cost``: the layer (equal layers of the model have equal prices, whatever their index), the
+      strategy and, of the setting, ``pp``, ``micro_batches`` and ``micro_batch_samples``. The base layout and
+      the number of virtual stages change no layer's price.
+    * ``reshard_seconds``: the two ``Strategy.layout`` values and the setting's ``pp`` and
+      ``micro_batch_samples``. All layers of a model exchange activations of one shape, so the answer is the
+      same in front of every layer; no triangle inequality is assumed.
+    * ``embedding_cost``, ``head_cost``, ``send_seconds`` and ``overhead_bytes``: the whole setting.
+    """
 
     def layer_cost(self, layer: int, strategy: Strategy, setting: Setting) -> LayerCost:
         """Prices layer ``layer`` (index in the model, from 0, embedding and head not counted)."""
