@@ -1,0 +1,271 @@
+"""The cluster to plan for: devices, nodes and the links between them."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import yaml
+
+from galvatron_megatron.errors import DescriptionError, did_you_mean
+
+GB = 1e9
+MICROSECOND = 1e-6
+
+
+def _check_numbers(owner: object, where: str, *, zero_allowed: tuple[str, ...] = ()) -> None:
+    """Raises where a numeric field of ``owner`` is not a finite number above zero."""
+    for item in fields(owner):
+        value = getattr(owner, item.name)
+        if item.type not in (int, float):
+            continue
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        whole = item.type is not int or (numeric and float(value).is_integer())
+        least = 0 if item.name in zero_allowed else 1e-12
+        if not numeric or not whole or not least <= value < float("inf"):
+            kind = "an integer" if item.type is int else "a number"
+            bound = ">= 0" if item.name in zero_allowed else "> 0"
+            raise DescriptionError(f"{where}.{item.name}: {value!r}; valid: {kind} {bound}")
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Device:
+    """One accelerator, as its vendor describes it."""
+
+    name: str
+    memory_gib: float
+    """Usable device memory in GiB."""
+    bf16_tflops: float
+    """Dense matrix peak in 1e12 operations per second."""
+    fp16_tflops: float
+    fp32_tflops: float
+    memory_gb_per_second: float
+    """Device memory bandwidth in 1e9 bytes per second."""
+    processors: int = 108
+    """Streaming multiprocessors: decides how matrix tiles fill the device in waves."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "cluster device")
+
+    @property
+    def memory_bytes(self) -> int:
+        """Usable device memory in bytes."""
+        return int(self.memory_gib * 2**30)
+
+    def peak_flops(self, precision: str) -> float:
+        """Dense matrix peak in operations per second for ``bf16``, ``fp16`` or ``fp32``."""
+        return {"bf16": self.bf16_tflops, "fp16": self.fp16_tflops, "fp32": self.fp32_tflops}[precision] * 1e12
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Link:
+    """A level of the network."""
+
+    gb_per_second: float
+    """Bandwidth of ONE device in one direction, in 1e9 bytes per second. Between nodes: the node's share of
+    one device (a node with eight 200 Gbit/s adapters and eight devices has 25)."""
+    latency_us: float
+    """Time of one point-to-point message of no size, in microseconds."""
+    efficiency: float = 0.8
+    """Fraction of the bandwidth that large collectives reach."""
+    base_us: float = 20.0
+    """Fixed time to start a collective, in microseconds."""
+    group_efficiency: tuple[tuple[int, float], ...] = ()
+    """(ranks, efficiency) where it was measured and differs by group size, e.g. on partly connected NVLink
+    boards; other sizes use ``efficiency``."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "cluster link", zero_allowed=("latency_us", "base_us"))
+        for pair in self.group_efficiency:
+            if len(pair) != 2 or not (isinstance(pair[0], int) and pair[0] > 1 and pair[1] > 0):
+                raise DescriptionError(
+                    f"cluster link.group_efficiency: {pair!r}; valid: a mapping of group size > 1 to a number > 0"
+                )
+
+    def bandwidth(self, ranks: int) -> float:
+        """Bytes per second of one device that a large collective over ``ranks`` devices reaches."""
+        return self.gb_per_second * GB * dict(self.group_efficiency).get(ranks, self.efficiency)
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Constants:
+    """What a device reaches of its peak: few, physical, fitted by ``galvatron calibrate``.
+
+    The defaults are typical of recent data-centre devices; an estimate made with them is uncalibrated.
+    """
+
+    gemm_efficiency: float = 0.75
+    """Fraction of the matrix peak that a GEMM which fills the device reaches."""
+    attention_efficiency: float = 0.5
+    """Fraction of the matrix peak that fused (flash) attention reaches."""
+    memory_efficiency: float = 0.75
+    """Fraction of the memory bandwidth that an element-wise kernel reaches."""
+    kernel_us: float = 4.0
+    """Shortest time of one kernel on the device, in microseconds."""
+    host_us: float = 8.0
+    """Time the host needs to issue one operator, in microseconds; the floor of small models."""
+    step_ms: float = 5.0
+    """Time per training step outside all layers (data, logging, host synchronisation), in milliseconds."""
+    overlap_slowdown: float = 1.15
+    """Both computation and communication take this much longer while they overlap."""
+    memory_slack: float = 0.03
+    """Fraction of a plan's memory that allocator rounding and fragmentation add."""
+    context_gib: float = 1.0
+    """Memory of the driver context and of communication libraries, outside the allocator, in GiB."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(
+            self,
+            "cluster constants",
+            zero_allowed=("kernel_us", "host_us", "step_ms", "memory_slack", "context_gib"),
+        )
+        if self.overlap_slowdown < 1:
+            raise DescriptionError(f"cluster constants.overlap_slowdown: {self.overlap_slowdown}; valid: >= 1")
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Calibration:
+    """On what the constants were fitted, and how far estimates were off on rows that were held out."""
+
+    runs: int = 0
+    """Measured runs that the constants were fitted on; 0 where they were not fitted."""
+    table: str = ""
+    """File or source of the runs."""
+    mean_error: float = 0.0
+    """Mean absolute relative error of the step time over the held-out rows."""
+    low: float = 0.0
+    """10th percentile of measured / predicted over the held-out rows; 0 where unknown."""
+    high: float = 0.0
+    """90th percentile of measured / predicted over the held-out rows; 0 where unknown."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Cluster:
+    """Nodes of equal devices."""
+
+    name: str
+    nodes: int
+    devices_per_node: int
+    device: Device
+    intra_node: Link
+    inter_node: Link
+    constants: Constants = field(default_factory=Constants)
+    calibration: Calibration = field(default_factory=Calibration)
+    sources: tuple[str, ...] = ()
+    """Where the numbers come from."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "cluster")
+
+    @property
+    def world_size(self) -> int:
+        """Devices of all nodes."""
+        return self.nodes * self.devices_per_node
+
+    @property
+    def memory_bytes(self) -> int:
+        """Usable memory of one device, in bytes."""
+        return self.device.memory_bytes
+
+    def with_nodes(self, nodes: int) -> "Cluster":
+        """The same cluster with another number of nodes."""
+        return replace(self, nodes=nodes)
+
+    def members_per_node(self, ranks: int, stride: int = 1) -> int:
+        """Members of one group that share a node.
+
+        Args:
+            ranks: size of the group.
+            stride: distance between neighbouring ranks of the group.
+
+        Returns:
+            At least 1; ``ranks`` where the whole group lies in one node.
+        """
+        return max(1, min(ranks, self.devices_per_node // stride))
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change with anything that changes an estimate; name and sources do not count."""
+        content = asdict(self)
+        for name in ("name", "sources", "calibration"):
+            del content[name]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+_PARTS = {
+    "device": Device,
+    "intra_node": Link,
+    "inter_node": Link,
+    "constants": Constants,
+    "calibration": Calibration,
+}
+
+
+def _build(kind: type, content: object, where: str) -> object:
+    """Makes a value of ``kind`` from a mapping; names the file and key of anything unknown or missing."""
+    if not isinstance(content, dict):
+        raise DescriptionError(f"{where}: {content!r} is not a mapping; valid: keys {', '.join(_keys(kind))}")
+    known = _keys(kind)
+    for key in content:
+        if key not in known:
+            raise DescriptionError(f"{where}: unknown key {key!r}; {did_you_mean(str(key), known)}")
+    values = dict(content)
+    for key, part in _PARTS.items():
+        if kind is Cluster and key in values:
+            values[key] = _build(part, values[key], f"{where}: {key}")
+    if isinstance(values.get("group_efficiency"), dict):
+        values["group_efficiency"] = tuple(sorted(values["group_efficiency"].items()))
+    if "sources" in values:
+        if not isinstance(values["sources"], list):
+            raise DescriptionError(f"{where}: sources is not a list; valid: a list of lines")
+        values["sources"] = tuple(str(line) for line in values["sources"])
+    try:
+        return kind(**values)
+    except TypeError as error:
+        missing = [item for item in known if item not in values and f"'{item}'" in str(error)]
+        raise DescriptionError(f"{where}: missing {', '.join(missing)}; valid: all of them given") from error
+    except DescriptionError as error:
+        raise DescriptionError(f"{where}: {error}") from error
+
+
+def _keys(kind: type) -> list[str]:
+    return [item.name for item in fields(kind)]
+
+
+def read_cluster(path: str | Path, nodes: int | None = None) -> Cluster:
+    """Reads a cluster description.
+
+    Args:
+        path: a YAML file with the fields of :class:`Cluster`; ``configs/clusters/`` holds examples.
+        nodes: how many nodes there are, instead of what the file says.
+
+    Returns:
+        The cluster.
+
+    Raises:
+        DescriptionError: the file cannot be read, or a key or value in it is not valid.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise DescriptionError(
+            f"cluster file {path}: {error.strerror or error}; valid: a readable YAML file"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        place = f" line {line + 1}" if line is not None else ""
+        raise DescriptionError(f"cluster file {path}{place}: not YAML; valid: a YAML mapping") from error
+    if isinstance(content, dict):
+        content = {"name": path.stem, "nodes": 1, **content}
+        if nodes is not None:
+            content["nodes"] = nodes
+    return _build(Cluster, content, f"cluster file {path}")
+
+
+def cluster_document(cluster: Cluster) -> str:
+    """The YAML text that :func:`read_cluster` reads back to an equal cluster."""
+    content = asdict(cluster)
+    for link in ("intra_node", "inter_node"):
+        content[link]["group_efficiency"] = {ranks: value for ranks, value in content[link]["group_efficiency"]}
+    content["sources"] = list(content["sources"])
+    return yaml.safe_dump(content, sort_keys=False, width=110)
