@@ -1,0 +1,137 @@
+"""YAML and JSON files that people write: strict reading, atomic writing."""
+
+import json
+import os
+import secrets
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import yaml
+
+from galvatron_megatron.errors import GalvatronError, PlanError, did_you_mean
+
+SUFFIXES = (".yaml", ".yml", ".json")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, which YAML would let the later one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            # An unhashable key is refused by the safe loader itself.
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is not None and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_document(path: Path | str, error: type[GalvatronError] = PlanError) -> dict[str, object]:
+    """Reads a YAML or JSON file whose top level is a mapping.
+
+    JSON is read as YAML where the suffix is not ``.json``.
+
+    Args:
+        path: the file; its suffix is ``.yaml``, ``.yml`` or ``.json``.
+        error: what to raise.
+
+    Raises:
+        GalvatronError: of the given class; names the file and what is wrong with it.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise error(f"{path}: unknown kind of file; valid: a name that ends with {', '.join(SUFFIXES)}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as cause:
+        raise error(f"{path}: cannot be read ({cause.strerror}); valid: a readable file") from None
+    except UnicodeDecodeError:
+        raise error(f"{path}: is not text; valid: YAML or JSON in UTF-8") from None
+    try:
+        if path.suffix == ".json":
+            content = json.loads(text, object_pairs_hook=_mapping_without_duplicates)
+        else:
+            content = yaml.load(text, Loader=_StrictLoader)
+    except yaml.MarkedYAMLError as cause:
+        mark = cause.problem_mark
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        problem = " ".join(f"{cause.problem or cause}".split())
+        raise error(f"{path}: is not YAML{place}: {problem}") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as cause:
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise error(f"{path}: is not {kind}: {' '.join(str(cause).split())}") from None
+    if not isinstance(content, dict):
+        raise error(f"{path}: holds a {type(content).__name__}; valid: a mapping at the top level")
+    return content
+
+
+def _mapping_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {twice!r} is given twice")
+    return mapping
+
+
+def check_keys(
+    mapping: object,
+    where: str,
+    *,
+    required: Collection[str] = (),
+    optional: Collection[str] = (),
+    error: type[GalvatronError] = PlanError,
+) -> Mapping[str, object]:
+    """Makes sure that a value is a mapping with the right keys.
+
+    Args:
+        mapping: what was read.
+        where: file and place inside it, for the message.
+        required: keys that must be there.
+        optional: keys that may be there.
+        error: what to raise.
+
+    Returns:
+        The mapping.
+
+    Raises:
+        GalvatronError: of the given class, for an unknown or missing key, or a value that is no mapping.
+    """
+    if not isinstance(mapping, Mapping):
+        raise error(f"{where}: {_short(mapping)}; valid: a mapping with {', '.join(required) or 'known keys'}")
+    known = {*required, *optional}
+    for key in mapping:
+        if key not in known:
+            raise error(f"{where}: unknown key {_short(key)}; {did_you_mean(str(key), known)}")
+    for key in required:
+        if key not in mapping:
+            raise error(f"{where}.{key}: missing; required: {', '.join(required)}")
+    return mapping
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def write_document(text: str, path: Path | str, error: type[GalvatronError] = PlanError) -> None:
+    """Writes a text file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        GalvatronError: of the given class, where the file cannot be written; the old one is untouched.
+    """
+    path = Path(path)
+    # Not from tempfile, whose files only their owner may read.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as cause:
+        temporary.unlink(missing_ok=True)
+        raise error(f"{path}: cannot be written ({cause.strerror}); valid: a writable directory") from None
