@@ -76,23 +76,23 @@ def plan_from_dict(document: object, where: str = "plan") -> Plan:
     mapping = check_keys(document, where, required=_REQUIRED, optional=_OPTIONAL)
     stages = mapping["stages"]
     if not isinstance(stages, list):
-        raise PlanError(
-            f"{where}.stages: {type(stages).__name__}; valid: a list of stages, each a list of layers"
-        )
+        raise PlanError(f"{where}.stages: {stages!r:.60}; valid: a list of stages, each a list of layers")
     budget = [MOST_LAYERS]
     stage_plans = tuple(
         _stage_from_list(stage, f"{where}.stages[{index}]", budget) for index, stage in enumerate(stages)
     )
-    base = check_keys(mapping["base"], f"{where}.base", optional=_STRATEGY_FIELDS)
+    base_fields = check_keys(mapping["base"], f"{where}.base", optional=_STRATEGY_FIELDS)
+    base = _strategy_from_dict(base_fields, f"{where}.base")
+    fingerprints = _fingerprints_from_dict(mapping.get("fingerprints", {}), f"{where}.fingerprints")
     try:
         return Plan(
             pp=mapping["pp"],
             virtual_stages=mapping.get("virtual_stages", 1),
             micro_batch_size=mapping["micro_batch_size"],
             micro_batches=mapping["micro_batches"],
-            base=_strategy_from_dict(base, f"{where}.base"),
+            base=base,
             stages=stage_plans,
-            fingerprints=_fingerprints_from_dict(mapping.get("fingerprints", {}), f"{where}.fingerprints"),
+            fingerprints=fingerprints,
         )
     except PlanError as error:
         raise PlanError(_placed(error, where)) from None
