@@ -1,0 +1,303 @@
+"""The analytic cost model: prices layers from counts, a device's constants and the links of a cluster."""
+
+from functools import cached_property, lru_cache
+
+from galvatron_megatron.cost.communication import collective_seconds
+from galvatron_megatron.cost.compute import BACKWARD_PHASES, FORWARD_PHASES, element_bytes, phase_seconds
+from galvatron_megatron.cost.counts import embedding_counts, head_counts, layer_counts
+from galvatron_megatron.cost.counts_values import LayerCounts
+from galvatron_megatron.cost.memory import optimizer_traffic_bytes, parameter_bytes, state_bytes
+from galvatron_megatron.cost.options import RunOptions
+from galvatron_megatron.cost.overlap import exposed_seconds, overlapped_seconds
+from galvatron_megatron.cost.protocol import LayerCost, Setting
+from galvatron_megatron.cost.resharding import reshard_transfer
+from galvatron_megatron.cost.terms import PricedLayer, Term
+from galvatron_megatron.describe.cluster import GB, MICROSECOND, Cluster
+from galvatron_megatron.describe.model import Layer, Model
+from galvatron_megatron.plan.strategy import SequenceParallel, Strategy
+
+
+class AnalyticCostModel:
+    """Prices every layer under every strategy without a device; implements the ``CostModel`` protocol.
+
+    Args:
+        model: what to train.
+        cluster: on what.
+        options: switches of the job; Megatron's defaults where not given.
+    """
+
+    def __init__(self, model: Model, cluster: Cluster, options: RunOptions | None = None) -> None:
+        self.model = model
+        self.cluster = cluster
+        self.options = options or RunOptions()
+        self._priced = lru_cache(maxsize=None)(self._price_layer)
+        self._embedding = lru_cache(maxsize=None)(self._price_embedding)
+        self._head = lru_cache(maxsize=None)(self._price_head)
+        self._moved = lru_cache(maxsize=None)(self._price_move)
+
+    # The protocol.
+
+    def layer_cost(self, layer: int, strategy: Strategy, setting: Setting) -> LayerCost:
+        """Prices a layer; see :class:`~galvatron_megatron.cost.protocol.CostModel`."""
+        return self.priced_layer(layer, strategy, setting).cost
+
+    def embedding_cost(self, setting: Setting) -> LayerCost:
+        """Prices the embedding in the base layout."""
+        return self._embedding(setting).cost
+
+    def head_cost(self, setting: Setting) -> LayerCost:
+        """Prices final norm, output layer and loss in the base layout."""
+        return self._head(setting).cost
+
+    def reshard_seconds(self, layer: int, before: Strategy, after: Strategy, setting: Setting) -> float:
+        """Time to move one micro-batch's activations between two layouts, forward and backward."""
+        if before.layout == after.layout:
+            return 0.0
+        return self._moved(before.layout, after.layout, setting.micro_batch_samples)
+
+    def send_seconds(self, setting: Setting) -> float:
+        """Pipeline send of one micro-batch's activation and of its gradient over one boundary.
+
+        Every rank sends its own tile; a boundary counts as one between nodes where any boundary of the
+        pipeline is.
+        """
+        if setting.pp == 1:
+            return 0.0
+        base = setting.base
+        spread = base.tp if base.sequence_parallel is not SequenceParallel.NONE else 1
+        tokens = setting.micro_batch_size * self.model.seq_length // (base.cp * spread)
+        message = tokens * self.model.hidden_size * element_bytes(self.model.precision)
+        stride = base.ranks
+        if setting.pp * stride > self.cluster.devices_per_node:
+            stride = max(stride, self.cluster.devices_per_node)
+        return 2 * collective_seconds("send", message, 2, stride, self.cluster)
+
+    def overhead_bytes(self, setting: Setting, position: int) -> int:
+        """Driver context and communication libraries of a rank."""
+        return int(self.cluster.constants.context_gib * 2**30)
+
+    # Prices with their terms.
+
+    def priced_layer(self, layer: int, strategy: Strategy, setting: Setting) -> PricedLayer:
+        """Prices a layer term by term."""
+        return self._priced(
+            self.model.layers[layer], strategy, setting.micro_batch_samples, setting.micro_batches
+        )
+
+    def priced_embedding(self, setting: Setting) -> PricedLayer:
+        """Prices the embedding term by term."""
+        return self._embedding(setting)
+
+    def priced_head(self, setting: Setting) -> PricedLayer:
+        """Prices the head term by term."""
+        return self._head(setting)
+
+    def step_overhead_seconds(self) -> float:
+        """Time per step outside all layers: data, logging, synchronisation with the host."""
+        return self.cluster.constants.step_ms * 1e-3
+
+    # How prices come about.
+
+    @cached_property
+    def _element(self):
+        return parameter_bytes(self.model.precision, self.options)
+
+    def _price_layer(self, layer: Layer, strategy: Strategy, samples: int, micro_batches: int) -> PricedLayer:
+        counts = layer_counts(
+            self.model, layer, strategy, samples // strategy.dp, implementation=self.options.implementation
+        )
+        return self._price(counts, strategy, micro_batches)
+
+    def _price_embedding(self, setting: Setting) -> PricedLayer:
+        counts = embedding_counts(
+            self.model, setting.base, setting.micro_batch_size, implementation=self.options.implementation
+        )
+        return self._price(counts, setting.base, setting.micro_batches)
+
+    def _price_head(self, setting: Setting) -> PricedLayer:
+        counts = head_counts(
+            self.model, setting.base, setting.micro_batch_size, implementation=self.options.implementation
+        )
+        tied = self.model.tied_embeddings
+        return self._price(
+            counts,
+            setting.base,
+            setting.micro_batches,
+            shared_weight=counts.parameters_sharded if tied and setting.pp == 1 else 0,
+            copied_weight=counts.parameters_sharded if tied and setting.pp > 1 else 0,
+        )
+
+    def _price(
+        self,
+        counts: LayerCounts,
+        strategy: Strategy,
+        micro_batches: int,
+        *,
+        shared_weight: int = 0,
+        copied_weight: int = 0,
+    ) -> PricedLayer:
+        """Prices counts.
+
+        Args:
+            counts: of one micro-batch on one rank.
+            strategy: how the layer runs.
+            micro_batches: per step.
+            shared_weight: parameters that are the embedding's own (tied, same rank): no state of their own.
+            copied_weight: parameters kept equal with the first stage's by one more all-reduce.
+        """
+        cluster, constants = self.cluster, self.cluster.constants
+        precision = self.model.precision
+        parameters = counts.parameters - shared_weight
+        replicas, stride = strategy.state_replicas, strategy.weight_shards
+        element = self._element
+
+        def data_parallel(kind: str, size: float) -> float:
+            return collective_seconds(kind, size, replicas, stride, cluster)
+
+        gather = data_parallel("all_gather", parameters * element.weight)
+        reduce_kind = "all_reduce" if strategy.zero == 0 else "reduce_scatter"
+        reduce = data_parallel(reduce_kind, parameters * element.gradient)
+
+        phases, terms = {}, []
+        for name, wanted in (("forward", FORWARD_PHASES), ("backward", BACKWARD_PHASES)):
+            work = phase_seconds(counts.operators, wanted, cluster.device, constants, precision)
+            exchanged, hidden = self._exchanges(counts, strategy, wanted)
+            issued = work.host + _collectives_issued(counts, wanted) * constants.host_us * MICROSECOND
+            busy = work.device
+            if self.options.overlap_tensor_parallel:
+                exchanged, hidden = 0.0, hidden + exchanged
+            communication = exchanged + exposed_seconds(hidden, work.gemm, constants.overlap_slowdown)
+            waiting = max(0.0, issued - busy - communication)
+            sharded = 0.0
+            if strategy.zero == 3:
+                sharded += gather
+            if strategy.zero >= 2 and name == "backward" and (micro_batches > 1 or strategy.zero == 3):
+                sharded += reduce
+            total = busy + communication + waiting
+            sharded = overlapped_seconds(total, sharded, constants.overlap_slowdown) - total
+            terms += [
+                Term(name=f"{name} GEMM", value=work.gemm),
+                Term(name=f"{name} attention", value=work.attention),
+                Term(name=f"{name} memory-bound", value=work.memory),
+                Term(name=f"{name} tensor and context parallel", value=communication),
+                Term(name=f"{name} host issue", value=waiting),
+                Term(name=f"{name} sharded parameters", value=sharded),
+            ]
+            phases[name] = total + sharded
+        sync = self._sync_terms(counts, parameters, strategy, micro_batches, gather, reduce, phases)
+        if copied_weight:
+            size = copied_weight * element.gradient
+            sync.append(
+                Term(
+                    name="tied embedding gradient",
+                    value=collective_seconds("all_reduce", size, 2, cluster.devices_per_node, cluster),
+                )
+            )
+        state = state_bytes(parameters, strategy.zero, replicas, element)
+        state_terms = (
+            Term(name="weights", value=state.weights),
+            Term(name="gradients", value=state.gradients),
+            Term(name="optimizer states", value=state.optimizer),
+        )
+        kept = tuple(Term(name=name, value=size) for name, size in counts.activation_terms)
+        slack = int(counts.activation_bytes * constants.memory_slack)
+        transient = counts.transient_bytes
+        if strategy.zero == 3:
+            transient += 2 * parameters * element.weight
+        if strategy.zero >= 2:
+            transient += parameters * element.gradient
+        cost = LayerCost(
+            micro_batch_seconds=phases["forward"] + phases["backward"],
+            sync_seconds=sum(term.value for term in sync),
+            state_bytes=state.total,
+            activation_bytes=counts.activation_bytes + slack,
+            transient_bytes=int(transient * (1 + constants.memory_slack)),
+        )
+        return PricedLayer(
+            cost=cost,
+            forward_seconds=phases["forward"],
+            backward_seconds=phases["backward"],
+            micro_batch_terms=tuple(term for term in terms if term.value),
+            sync_terms=tuple(term for term in sync if term.value),
+            state_terms=state_terms,
+            activation_terms=(*kept, Term(name="allocator slack", value=slack)),
+        )
+
+    def _exchanges(
+        self, counts: LayerCounts, strategy: Strategy, phases: tuple[str, ...]
+    ) -> tuple[float, float]:
+        """Seconds of a phase's collectives: (in the way of computation, hidden behind other work).
+
+        A context-parallel ring sends while attention computes; the gather that only the weight gradient waits
+        for runs while the input gradient is computed.
+        """
+        shapes = {"tp": (strategy.tp, 1), "cp": (strategy.cp, strategy.tp)}
+        exposed = hidden = 0.0
+        for collective in counts.collectives:
+            if collective.phase not in phases:
+                continue
+            ranks, stride = shapes[collective.group]
+            seconds = collective.count * collective_seconds(
+                collective.kind, collective.bytes, ranks, stride, self.cluster
+            )
+            if collective.group == "cp" or collective.phase == "weight_gradient":
+                hidden += seconds
+            else:
+                exposed += seconds
+        return exposed, hidden
+
+    def _sync_terms(
+        self,
+        counts: LayerCounts,
+        parameters: int,
+        strategy: Strategy,
+        micro_batches: int,
+        gather: float,
+        reduce: float,
+        phases: dict[str, float],
+    ) -> list[Term]:
+        """What is paid once per step: gradients, parameters, replicated gradients over tp, optimizer."""
+        cluster, constants, options = self.cluster, self.cluster.constants, self.options
+        terms = []
+        if strategy.zero < 2 or (strategy.zero == 2 and micro_batches == 1):
+            exposed = (
+                exposed_seconds(reduce, phases["backward"], constants.overlap_slowdown)
+                if options.overlap_gradients
+                else reduce
+            )
+            terms.append(Term(name="gradient reduction", value=exposed))
+        if strategy.zero in (1, 2):
+            exposed = (
+                exposed_seconds(gather, phases["forward"], constants.overlap_slowdown)
+                if options.overlap_parameters
+                else gather
+            )
+            terms.append(Term(name="parameter gathering", value=exposed))
+        if strategy.sequence_parallel is SequenceParallel.MEGATRON and counts.parameters_replicated:
+            size = counts.parameters_replicated * self._element.gradient
+            terms.append(
+                Term(
+                    name="replicated gradients over tp",
+                    value=collective_seconds("all_reduce", size, strategy.tp, 1, cluster),
+                )
+            )
+        if options.optimizer_in_step:
+            traffic = optimizer_traffic_bytes(parameters, strategy.zero, strategy.state_replicas, self._element)
+            rate = cluster.device.memory_gb_per_second * GB * constants.memory_efficiency
+            terms.append(Term(name="optimizer", value=traffic / rate))
+        return terms
+
+    def _price_move(self, before: tuple, after: tuple, samples: int) -> float:
+        total = samples * self.model.seq_length * self.model.hidden_size * element_bytes(self.model.precision)
+        seconds = 0.0
+        for source, target in ((before, after), (after, before)):
+            transfer = reshard_transfer(source, target)
+            inside = transfer.group_ranks <= self.cluster.devices_per_node
+            link = self.cluster.intra_node if inside else self.cluster.inter_node
+            rate = link.bandwidth(transfer.group_ranks)
+            seconds += transfer.fraction * total / rate + (link.base_us + link.latency_us) * MICROSECOND
+        return seconds
+
+
+def _collectives_issued(counts: LayerCounts, phases: tuple[str, ...]) -> int:
+    return sum(collective.count for collective in counts.collectives if collective.phase in phases)

@@ -1,0 +1,100 @@
+"""Bytes that a rank keeps for its parameters: weights, gradients and optimizer states by ZeRO stage."""
+
+from dataclasses import dataclass
+
+from galvatron_megatron.cost.options import RunOptions
+
+_ADAM_BYTES = 8
+"""Two fp32 moments of one parameter."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class ElementBytes:
+    """Bytes of one parameter by purpose."""
+
+    weight: int
+    gradient: int
+    """Of the buffer that gradients are accumulated in."""
+    optimizer: int
+    """Master weight (where weights are 16 bit wide) and moments."""
+    step_gradient: int = 0
+    """fp32 copy of a 16-bit gradient that the optimizer works on."""
+
+
+def parameter_bytes(precision: str, options: RunOptions) -> ElementBytes:
+    """Bytes per parameter with Adam.
+
+    Source: the table of Megatron-LM ``docs/source/api-guide/dist_optimizer.md``: without a distributed
+    optimizer 20 bytes for fp16 with fp16 gradients, 18 for bf16 with fp32 gradients, 16 for fp32; with it
+    4 + 16/d, 6 + 12/d and 8 + 8/d.
+
+    Args:
+        precision: ``bf16``, ``fp16`` or ``fp32``.
+        options: whether gradients are accumulated in fp32.
+
+    Returns:
+        Bytes by purpose.
+    """
+    if precision == "fp32":
+        return ElementBytes(weight=4, gradient=4, optimizer=_ADAM_BYTES)
+    if options.gradients_in_fp32:
+        return ElementBytes(weight=2, gradient=4, optimizer=4 + _ADAM_BYTES)
+    return ElementBytes(weight=2, gradient=2, optimizer=4 + _ADAM_BYTES, step_gradient=4)
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class StateBytes:
+    """What a rank keeps of some parameters all the time."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def state_bytes(parameters: int, zero: int, replicas: int, element: ElementBytes) -> StateBytes:
+    """Bytes of weights, gradients and optimizer states of one rank.
+
+    ZeRO stage 1 shards optimizer states, stage 2 also gradients, stage 3 also weights (arXiv 1910.02054,
+    figure 1) over the ranks that hold the same weight shard.
+
+    Args:
+        parameters: of this rank after tensor parallelism.
+        zero: ZeRO stage.
+        replicas: how many ranks hold the same parameters.
+        element: bytes per parameter.
+
+    Returns:
+        Bytes, rounded up.
+    """
+    shard = -(-parameters // replicas)
+    return StateBytes(
+        weights=(shard if zero >= 3 else parameters) * element.weight,
+        gradients=(shard if zero >= 2 else parameters) * element.gradient,
+        optimizer=(shard if zero >= 1 else parameters) * (element.optimizer + element.step_gradient),
+    )
+
+
+def optimizer_traffic_bytes(parameters: int, zero: int, replicas: int, element: ElementBytes) -> int:
+    """Bytes that clearing gradients, their norm and Adam move through device memory in one step.
+
+    Adam reads gradient, master weight and two moments and writes master weight, moments and the working
+    weight; the norm reads the gradient once more; the gradient buffer is cleared in full.
+
+    Args:
+        parameters: of this rank after tensor parallelism.
+        zero: ZeRO stage.
+        replicas: how many ranks hold the same parameters.
+        element: bytes per parameter.
+
+    Returns:
+        Bytes.
+    """
+    updated = -(-parameters // replicas) if zero >= 1 else parameters
+    cleared = -(-parameters // replicas) if zero >= 2 else parameters
+    gradient = element.step_gradient or element.gradient
+    return cleared * element.gradient + updated * (2 * gradient + 2 * element.optimizer + element.weight)

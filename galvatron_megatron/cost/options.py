@@ -1,0 +1,24 @@
+"""How a job runs beside its plan: switches of Megatron that change time or memory."""
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class RunOptions:
+    """Switches of a job that no strategy decides."""
+
+    implementation: str = "transformer_engine"
+    """Which kernels run: ``transformer_engine`` or ``local`` (``--transformer-impl``)."""
+    gradients_in_fp32: bool = True
+    """Gradients are accumulated and reduced in fp32 (``--accumulate-allreduce-grads-in-fp32``; Megatron sets it
+    for bf16)."""
+    overlap_gradients: bool = False
+    """``--overlap-grad-reduce``: gradients are reduced during the last backward pass."""
+    overlap_parameters: bool = False
+    """``--overlap-param-gather``: updated parameters are gathered during the next forward pass."""
+    overlap_tensor_parallel: bool = False
+    """``--tp-comm-overlap``: tensor-parallel collectives overlap with the GEMMs they feed."""
+    fused_cross_entropy: bool = False
+    """``--cross-entropy-loss-fusion`` without an fp32 copy of the logits."""
+    optimizer_in_step: bool = True
+    """False leaves out the optimizer step, where a measured time does so too."""
