@@ -36,7 +36,7 @@ def check_plan(
     if global_batch_size is not None and plan.global_batch_size != global_batch_size:
         raise PlanError(
             f"{where}: made for {plan.global_batch_size} samples per step, but the job has "
-            f"{global_batch_size}; valid: --global-batch-size {plan.global_batch_size}, or search a plan for {global_batch_size}"
+            f"{global_batch_size}; valid: --global-batch-size {plan.global_batch_size}, or search again"
         )
     if plan.virtual_stages > 1 and plan.micro_batches % plan.pp:
         raise PlanError(
