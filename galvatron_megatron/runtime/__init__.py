@@ -1,1 +1,1 @@
-"""Execute a plan inside Megatron-core."""
+"""Executes a plan in Megatron-core: each layer with its own groups, layout, recomputation and optimizer."""
