@@ -109,7 +109,7 @@ def plan_to_json(plan: Plan) -> str:
 
 
 def read_plan(path: Path | str) -> Plan:
-    """Reads a plan file.
+    """Reads a plan file, or the plan in what ``galvatron search --json`` prints.
 
     Args:
         path: ``.yaml``, ``.yml`` or ``.json``.
@@ -117,7 +117,10 @@ def read_plan(path: Path | str) -> Plan:
     Raises:
         PlanError: the file cannot be read, or names the field that is wrong and what would be valid.
     """
-    return plan_from_dict(read_document(path), where=str(path))
+    document = read_document(path)
+    if "plan" in document and "predicted" in document:
+        return plan_from_dict(document["plan"], where=f"{path}.plan")
+    return plan_from_dict(document, where=str(path))
 
 
 def write_plan(plan: Plan, path: Path | str) -> None:

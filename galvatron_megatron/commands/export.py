@@ -1,0 +1,90 @@
+"""``galvatron export``: a plan as Megatron arguments, YAML or JSON."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from galvatron_megatron.describe.model import Model
+from galvatron_megatron.describe.model_file import read_model
+from galvatron_megatron.describe.plan_check import check_plan
+from galvatron_megatron.plan.document import write_document
+from galvatron_megatron.plan.megatron_arguments import command_line, runs_on_stock_megatron, shell_line
+from galvatron_megatron.plan.plan import Plan
+from galvatron_megatron.plan.serialization import plan_to_json, plan_to_yaml, read_plan
+
+HELP = "write a plan as Megatron arguments or for other tools"
+
+EPILOG = """\
+examples:
+  galvatron export plan.yaml
+      prints the flags for pretrain_gpt.py, in one line to paste into a shell
+  galvatron export plan.json --format yaml --output plan.yaml
+      turns a JSON plan into YAML
+  galvatron export plan.yaml --model configs/models/llama2-7b.yaml
+      also checks that the plan fits the model
+
+A plan whose layers differ is more than Megatron's flags can say. For such a plan the flags of the base layout
+are printed with --galvatron-plan PLAN, which gives every layer its own strategy.
+"""
+
+
+def _megatron(plan: Plan, path: Path, model: Model | None) -> str:
+    if runs_on_stock_megatron(plan):
+        return shell_line(command_line(plan, model)) + "\n"
+    print(
+        f"{path}: not every layer runs in the base layout; --galvatron-plan gives each its own strategy",
+        file=sys.stderr,
+    )
+    words = command_line(plan, model, sharding_by_runtime=True)
+    return shell_line([*words, "--galvatron-plan", str(path)]) + "\n"
+
+
+FORMATS: dict[str, Callable[[Plan, Path, Model | None], str]] = {
+    "megatron": _megatron,
+    "yaml": lambda plan, path, model: plan_to_yaml(plan),
+    "json": lambda plan, path, model: plan_to_json(plan),
+}
+"""Format -> function that makes the text from the plan, its file and the model, where one was given."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument("plan", type=Path, metavar="PLAN", help="plan file, .yaml or .json")
+    parser.add_argument(
+        "--format",
+        choices=sorted(FORMATS),
+        default="megatron",
+        help="what to write: flags for Megatron's pretrain scripts, or the plan itself (default: megatron)",
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="FILE",
+        help="model the plan is for (our YAML or a Hugging Face config.json); checked against the plan",
+    )
+    parser.add_argument(
+        "--seq-length", type=int, metavar="TOKENS", help="sequence length, instead of the model file's"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of printing")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Raises:
+        GalvatronError: a file that cannot be read or written, or a plan that does not fit the model.
+    """
+    plan = read_plan(arguments.plan)
+    model = None
+    if arguments.model is not None:
+        model = read_model(arguments.model, seq_length=arguments.seq_length)
+        check_plan(plan, model=model, where=str(arguments.plan))
+    text = FORMATS[arguments.format](plan, arguments.plan, model)
+    if arguments.output is None:
+        sys.stdout.write(text)
+    else:
+        write_document(text, arguments.output)
+    return 0
