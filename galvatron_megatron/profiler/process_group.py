@@ -1,0 +1,95 @@
+"""A process group of our own over the live ranks, gone again before Megatron makes its own."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from galvatron_megatron.errors import GalvatronError
+
+_stores: list[Any] = []
+"""Stores of earlier groups: where rank 0 itself serves the store, closing it would end the other ranks."""
+
+
+def rank_from_environment() -> tuple[int, int, int]:
+    """Rank, world size and local rank as torchrun, deepspeed and srun set them; a lone process is rank 0 of 1.
+
+    Raises:
+        GalvatronError: a variable is not a number, or only some of them are set.
+    """
+    names = (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID"))
+    texts = [os.environ.get(first, os.environ.get(second, "")) for first, second in names]
+    if not texts[1] or not texts[0]:
+        return 0, 1, 0
+    try:
+        rank, world_size, local_rank = int(texts[0]), int(texts[1]), int(texts[2] or 0)
+    except ValueError:
+        raise GalvatronError(
+            f"ranks: RANK={texts[0]!r}, WORLD_SIZE={texts[1]!r}, LOCAL_RANK={texts[2]!r} are not numbers; "
+            "valid: start with torchrun, deepspeed or srun"
+        ) from None
+    return rank, world_size, local_rank
+
+
+@contextmanager
+def own_process_group(backend: str, timeout_seconds: float) -> Iterator[None]:
+    """Makes the default process group for a while.
+
+    Its keys in the rendezvous store have a prefix of their own, so that the group that Megatron makes later in
+    the same process meets a clean store. Where a default group exists already it is used and left alone.
+
+    Args:
+        backend: ``nccl`` or ``gloo``.
+        timeout_seconds: after this long without an answer of a rank, the collective raises.
+
+    Raises:
+        GalvatronError: the ranks cannot find each other.
+    """
+    if dist.is_initialized():
+        yield
+        return
+    rank, world_size, local_rank = rank_from_environment()
+    timeout = timedelta(seconds=timeout_seconds)
+    try:
+        if "MASTER_ADDR" not in os.environ and world_size == 1:
+            store = dist.HashStore()
+        else:
+            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    except (ValueError, RuntimeError, OSError) as error:
+        raise GalvatronError(
+            f"ranks: rank {rank} of {world_size} cannot reach the others "
+            f"at {os.environ.get('MASTER_ADDR', '(MASTER_ADDR not set)')}:{os.environ.get('MASTER_PORT', '')} "
+            f"({str(error).splitlines()[0]}); valid: start all ranks with torchrun, deepspeed or srun"
+        ) from None
+    if backend == "nccl":
+        torch.cuda.set_device(local_rank)
+    prefix = dist.PrefixStore(f"galvatron_profile_{len(_stores)}", store)
+    _stores.append(store)
+    dist.init_process_group(backend, store=prefix, rank=rank, world_size=world_size, timeout=timeout)
+    try:
+        yield
+    except BaseException:
+        # A rank that failed must not wait for the others in an orderly shutdown.
+        dist.destroy_process_group()
+        raise
+    else:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def agree(value: Any, *, source: int = 0) -> Any:
+    """Gives every rank the value that rank ``source`` passed in; plain Python values only."""
+    box = [value if dist.get_rank() == source else None]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, by rank, on every rank; plain Python values only."""
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box

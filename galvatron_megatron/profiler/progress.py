@@ -1,0 +1,73 @@
+"""The progress bar of a profiling session on rank 0."""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+
+class Progress:
+    """Shows how far the measurements are and the time that is left; silent on other ranks.
+
+    Where the output is no terminal it prints a line now and then instead of a moving bar.
+    """
+
+    def __init__(self, *, show: bool) -> None:
+        self._show = show
+        self._console = Console(file=sys.stderr)
+        self._bar: RichProgress | None = None
+        self._task: Any = None
+        self._done = 0
+        self._total = 0
+        self._text = ""
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def start(self, total: int) -> None:
+        """Tells how many measurements there are to make."""
+        self._total = total
+        if not self._show or not total:
+            return
+        if self._console.is_terminal:
+            self._bar = RichProgress(
+                SpinnerColumn(),
+                TextColumn("profiling"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("", total=total)
+        else:
+            self._console.print(f"profiling: {total} measurements to make", highlight=False)
+
+    def at(self, text: str) -> None:
+        """Names what is measured now."""
+        self._text = text
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+
+    def advance(self, count: int = 1) -> None:
+        """Counts finished measurements."""
+        before, self._done = self._done, self._done + count
+        if self._bar is not None:
+            self._bar.advance(self._task, count)
+        elif self._show and self._total and self._done * 4 // self._total > before * 4 // self._total:
+            self._console.print(
+                f"profiling: {self._done} of {self._total} done, {self._text}", highlight=False, soft_wrap=True
+            )
+
+    def note(self, text: str) -> None:
+        """Shows a line that must not be missed."""
+        if self._show:
+            self._console.print(text, highlight=False, soft_wrap=True)

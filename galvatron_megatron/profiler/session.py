@@ -1,0 +1,354 @@
+"""Fills a profile on the live ranks, in front of a training job or on its own."""
+
+import logging
+import os
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from galvatron_megatron.describe.cluster import Cluster
+from galvatron_megatron.describe.model import Layer, Model
+from galvatron_megatron.describe.profile import PartPoint, Profile
+from galvatron_megatron.describe.profile_key import layer_digest, shape_digest
+from galvatron_megatron.describe.profile_store import (
+    check_directory,
+    from_json,
+    read_profile,
+    to_json,
+    write_profile,
+)
+from galvatron_megatron.errors import GalvatronError
+from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
+from galvatron_megatron.profiler.clock import on_cpu
+from galvatron_megatron.profiler.collectives import GroupShape, measure_curve, shapes_of_plans
+from galvatron_megatron.profiler.few_layers import (
+    arguments_for,
+    build,
+    megatron_state_restored,
+    parallel_state_of,
+)
+from galvatron_megatron.profiler.layers import measure_parts
+from galvatron_megatron.profiler.needs import ProfileNeeds
+from galvatron_megatron.profiler.optimizer import measure_step
+from galvatron_megatron.profiler.process_group import agree, own_process_group
+from galvatron_megatron.profiler.progress import Progress
+from galvatron_megatron.profiler.topology import (
+    cluster_from_ranks,
+    gather_facts,
+    measure_speeds,
+    nodes_of_group,
+    provenance_of_ranks,
+)
+
+MOST_LAYERS = 4
+"""Layers in memory at most: enough for weights to leave the processor's caches as in a real model."""
+LARGEST_CPU_BYTES = 32 << 20
+LARGEST_GPU_BYTES = 1 << 30
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Build:
+    """One model to build: every measurement on it is made before the next one is built."""
+
+    layer: Layer
+    layers: int
+    tp: int
+    sequence_parallel: SequenceParallel
+    zero: int
+    settings: tuple[tuple[Recompute, int], ...]
+    """(recomputation, micro-batch size) to measure layers under; empty where only the optimizer is measured."""
+    step: bool
+    """Measure the optimizer."""
+
+    def __str__(self) -> str:
+        kind = "" if self.sequence_parallel is SequenceParallel.NONE else f" {self.sequence_parallel.value}"
+        return f"{self.layers} {self.layer.kind.value} layers, tp {self.tp}{kind}, zero {self.zero}"
+
+
+def on_rank_zero[T](work: Callable[[], T]) -> T:
+    """Runs work on rank 0 and gives every rank its answer, or raises its error on every rank."""
+    answer: tuple[Any, str] = (None, "")
+    if dist.get_rank() == 0:
+        try:
+            answer = (work(), "")
+        except GalvatronError as error:
+            answer = (None, str(error))
+    value, message = agree(answer)
+    if message:
+        raise GalvatronError(message)
+    return value
+
+
+def profile_live_ranks(
+    model: Model,
+    arguments: Namespace,
+    needs: ProfileNeeds,
+    directory: Path,
+    *,
+    args_defaults: Mapping[str, Any] | None = None,
+    backend: str | None = None,
+    memory_gb: float | None = None,
+    again: bool = False,
+    show: bool = True,
+    seconds_per_point: float = 0.35,
+    timeout_seconds: float = 300.0,
+) -> tuple[Profile, Cluster]:
+    """Measures what the profile store lacks; every rank of the job calls this before Megatron initialises.
+
+    The CPU device back end must be installed where there is no GPU. Rank 0 reads and writes the store; every
+    measurement is stored as soon as it is made, so that a job that is killed goes on where it was.
+
+    Args:
+        model: what the arguments describe.
+        arguments: Megatron's parsed arguments, validated or not; left unchanged.
+        needs: what to measure.
+        directory: the profile store, an existing writable directory.
+        args_defaults: the training script's ``args_defaults``.
+        backend: ``nccl`` or ``gloo``; Megatron's ``--distributed-backend`` by default.
+        memory_gb: memory of a device that a plan may use, for the cluster.
+        again: measure even what the store has.
+        show: show progress on rank 0.
+        seconds_per_point: time for the repeats of one setting.
+        timeout_seconds: after this long without an answer of a rank, the job ends with an error.
+
+    Returns:
+        The profile and the cluster of the live ranks, equal on every rank.
+
+    Raises:
+        GalvatronError: the store cannot be used, ranks cannot reach each other, or one died.
+    """
+    backend = backend or getattr(arguments, "distributed_backend", None) or ("gloo" if on_cpu() else "nccl")
+    if on_cpu():
+        backend = "gloo"
+    if not any(getattr(arguments, name, False) for name in ("use_torch_fsdp2", "use_megatron_fsdp")):
+        # Megatron asks for it with tensor parallelism; it counts until CUDA starts in this process.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    with megatron_state_restored(), _quiet(), own_process_group(backend, timeout_seconds), _one_line_errors():
+        on_rank_zero(lambda: str(check_directory(directory)))
+        facts = gather_facts()
+        provenance = provenance_of_ranks(shape_digest(model), backend, facts)
+        run = _Run(
+            model, arguments, needs, directory, dict(args_defaults or {}), Profile(provenance=provenance)
+        )
+        run.seconds_per_point = seconds_per_point
+        text, note = on_rank_zero(lambda: run.stored_text(again))
+        if text:
+            run.profile = from_json(text, str(directory))
+        with Progress(show=show and dist.get_rank() == 0) as progress:
+            if note:
+                progress.note(note)
+            if not run.profile.speeds:
+                run.keep(speeds=measure_speeds(facts))
+            run.measure(progress)
+    return run.profile, cluster_from_ranks(run.profile, memory_gb=memory_gb)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Megatron's log lines about every small model out of the job's output."""
+    logger = logging.getLogger("megatron")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """A rank that is gone or a link that hangs, in one line instead of torch's traceback."""
+    try:
+        yield
+    except (dist.DistBackendError, dist.DistNetworkError) as error:
+        raise GalvatronError(_lost(error)) from error
+    except RuntimeError as error:
+        text = str(error).lower()
+        if any(word in text for word in ("connection", "timed out", "timeout", "gloo", "peer")):
+            raise GalvatronError(_lost(error)) from error
+        raise
+
+
+def _lost(error: BaseException) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"profile: a rank ended or does not answer while measuring ({reason}); valid: look at the other ranks"
+    )
+
+
+class _Run:
+    """The work of one call, equal on every rank but for the store."""
+
+    def __init__(
+        self,
+        model: Model,
+        arguments: Namespace,
+        needs: ProfileNeeds,
+        directory: Path,
+        defaults: dict[str, Any],
+        profile: Profile,
+    ) -> None:
+        self.model = model
+        self.arguments = arguments
+        self.needs = needs
+        self.directory = directory
+        self.defaults = defaults
+        self.profile = profile
+        self.seconds_per_point = 0.35
+        self._world = profile.provenance.world_size
+
+    def stored_text(self, again: bool) -> tuple[str, str]:
+        """The stored profile as text, and a line about a damaged file."""
+        if again:
+            return "", ""
+        found, note = read_profile(self.directory, self.profile.fingerprint())
+        return (to_json(found) if found else ""), note
+
+    # What is missing. Every rank has the same profile, so every rank finds the same list.
+
+    def missing_curves(self) -> list[tuple[str, GroupShape]]:
+        """Collectives to measure."""
+        have = {curve.key for curve in self.profile.collectives}
+        return [
+            (collective, shape)
+            for collective, shapes in shapes_of_plans(self._world, self.needs.tps).items()
+            for shape in sorted(shapes)
+            if (collective, shape.ranks, shape.stride, True) not in have
+        ]
+
+    def missing_builds(self) -> list[Build]:
+        """Models to build and what to measure on them."""
+        have = {point.key for point in self.profile.parts}
+        builds = []
+        for layer in dict.fromkeys(self.model.layers):
+            count = sum(1 for other in self.model.layers if other == layer)
+            layers = min(count, MOST_LAYERS)
+            name = layer_digest(layer)
+            for tp, kind in self.needs.layouts():
+                wanted = tuple(
+                    (recompute, size)
+                    for recompute in self.needs.recomputes
+                    for size in self.needs.micro_batch_sizes
+                    if (name, tp, kind.value, recompute.value, size) not in have
+                )
+                if wanted:
+                    builds.append(
+                        Build(
+                            layer=layer,
+                            layers=layers,
+                            tp=tp,
+                            sequence_parallel=kind,
+                            zero=0,
+                            settings=wanted,
+                            step=kind is SequenceParallel.NONE and 0 in self.needs.zeros,
+                        )
+                    )
+            if self.profile.steps:
+                continue
+            plain = {"layer": layer, "sequence_parallel": SequenceParallel.NONE, "settings": (), "step": True}
+            smallest = self.needs.tps[0]
+            for zero in self.needs.zeros:
+                builds.append(Build(layers=1, tp=smallest, zero=zero, **plain))
+                if zero:
+                    builds.extend(Build(layers=layers, tp=tp, zero=zero, **plain) for tp in self.needs.tps)
+        return builds
+
+    def measure(self, progress: Progress) -> None:
+        """Measures everything that is missing and stores it piece by piece."""
+        curves, builds = self.missing_curves(), self.missing_builds()
+        progress.start(len(curves) + sum(len(b.settings) + b.step for b in builds))
+        for collective, shape in curves:
+            progress.at(f"{collective} over {shape.ranks} ranks, stride {shape.stride}")
+            nodes = nodes_of_group(shape.ranks, shape.stride, self.profile.provenance.ranks_per_node)
+            curve = measure_curve(collective, shape, largest_bytes=self._largest_bytes(collective), nodes=nodes)
+            self.keep(collectives=(curve,))
+            progress.advance()
+        for item in builds:
+            progress.at(str(item))
+            self._measure_build(item, progress)
+
+    def _largest_bytes(self, collective: str) -> int:
+        tokens = self.needs.micro_batch_sizes[-1] * self.model.seq_length
+        activation = 4 * tokens * self.model.hidden_size
+        weights = (
+            4 * self.model.vocab_size * self.model.hidden_size
+            + 48 * len(self.model.layers) * self.model.hidden_size**2
+        )
+        wanted = activation if collective in ("send", "broadcast") else max(activation, weights)
+        return min(wanted, LARGEST_CPU_BYTES if on_cpu() else LARGEST_GPU_BYTES)
+
+    def _measure_build(self, item: Build, progress: Progress) -> None:
+        name = layer_digest(item.layer)
+        try:
+            made = arguments_for(
+                self.arguments,
+                self.model,
+                item.layer,
+                layers=item.layers,
+                tp=item.tp,
+                sequence_parallel=item.sequence_parallel,
+                zero=item.zero,
+                world_size=self._world,
+                defaults=self.defaults,
+            )
+        except GalvatronError as error:
+            self._keep_failure(item, name, str(error))
+            progress.advance(len(item.settings) + item.step)
+            return
+        with parallel_state_of(item.tp, made):
+            try:
+                few = build(made, item.layers)
+            except torch.OutOfMemoryError:
+                few, reason = None, "out of memory"
+            except (AssertionError, ValueError, NotImplementedError, RuntimeError, ImportError) as error:
+                few, reason = None, (str(error).strip() or type(error).__name__).splitlines()[0]
+            if few is None:
+                self._keep_failure(item, name, reason)
+                progress.advance(len(item.settings) + item.step)
+                return
+            for recompute, size in item.settings:
+                points = measure_parts(
+                    few,
+                    name,
+                    tp=item.tp,
+                    sequence_parallel=item.sequence_parallel,
+                    recompute=recompute,
+                    micro_batch_size=size,
+                    seq_length=self.model.seq_length,
+                    budget_seconds=self.seconds_per_point,
+                )
+                self.keep(parts=tuple(points))
+                progress.advance()
+            if item.step:
+                self.keep(steps=(measure_step(few, zero=item.zero),))
+                progress.advance()
+
+    def _keep_failure(self, item: Build, name: str, reason: str) -> None:
+        points = tuple(
+            PartPoint(
+                part=name,
+                tp=item.tp,
+                sequence_parallel=item.sequence_parallel,
+                recompute=recompute,
+                micro_batch_size=size,
+                failure=reason,
+            )
+            for recompute, size in item.settings
+        )
+        note = f"{item}: not measured, {reason}"
+        self.keep(parts=points, notes=(note,))
+
+    def keep(self, **found: tuple) -> None:
+        """Adds measurements on every rank and stores them on rank 0."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        place = self.profile.provenance
+        new = Profile(provenance=replace(place, created=place.created or now, updated=now), **found)
+        self.profile = replace(self.profile, provenance=new.provenance).merged(new)
+        on_rank_zero(lambda: write_profile(self.directory, new) and None)
