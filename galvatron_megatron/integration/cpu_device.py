@@ -65,6 +65,10 @@ class _CudaMeansCpu(TorchFunctionMode):
         if function is torch.Tensor.type and len(args) == 1 and not kwargs:
             # Megatron's optimizers tell CUDA parameters by this name.
             return function(*args).replace("torch.", "torch.cuda.", 1)
+        if function is torch.Tensor.backward:
+            # PyTorch leaves the mode around this call; gradient functions that allocate need it.
+            with self:
+                return torch.autograd.backward(args[0], kwargs.pop("gradient", None), **kwargs)
         return function(*args, **kwargs)
 
 
@@ -115,6 +119,8 @@ class CpuDevice:
         self._patches.set(torch.accelerator, "is_available", lambda *args, **kwargs: False)
         self._patches.set(torch.accelerator, "current_accelerator", lambda *args, **kwargs: None)
         self._patches.set(torch.accelerator, "current_device_index", lambda: 0)
+        # Its check would run gradient functions outside the mode (recomputation calls torch.autograd.backward).
+        self._patches.set(torch.autograd, "has_torch_function", lambda *args: False)
         for owner, name, value in megatron_patches():
             self._patches.set(owner, name, value)
         self._mode = _CudaMeansCpu()
