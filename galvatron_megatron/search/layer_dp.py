@@ -1,0 +1,225 @@
+"""The fastest strategies for the layers of one pipeline rank under a memory budget: exact label setting.
+
+A label is (seconds, sync, bytes, largest transient) of a path through the first layers, with the layout it ends in.
+Labels that another one of the same layout equals or beats in everything are dropped; so are labels whose
+Lagrangian bound (``chain``) says that they cannot be completed within the time allowed. The time allowed starts
+just above the lower bound of the whole rank and widens until a path is found, so that as a rule only a handful of
+labels per layer exist. Bytes are never rounded and the work does not depend on their number.
+"""
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+
+import numpy as np
+
+from galvatron_megatron.search.chain import BOUNDARY, BYTES_ROW, SYNC_ROW, Chain
+
+_FIRST_WINDOW = 0.002
+_WIDENING = 6.0
+_SLACK = 1e-12
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Assignment:
+    """Strategies of the layers of one rank."""
+
+    seconds: float
+    """Without the constant part (embedding, head, sends)."""
+    sync: float
+    bytes: float
+    """State and live activations."""
+    transient: float
+    choices: tuple[int, ...]
+    """Index of the strategy of every layer element, boundaries left out."""
+
+
+def fastest_assignment(
+    chain: Chain,
+    sequence: tuple[int, ...],
+    position: int,
+    budget: float,
+    *,
+    constant_transient: float = 0.0,
+    time_limit: float = np.inf,
+    sync_limit: float = np.inf,
+) -> Assignment | None:
+    """Finds the fastest path; among equally fast ones the one with least sync.
+
+    Args:
+        chain: prices and bounds.
+        sequence: elements and boundaries of the rank.
+        position: class of the pipeline position, an index into ``chain.live``.
+        budget: bytes for state, live activations and the largest transient.
+        constant_transient: transient bytes of embedding or head, which the largest is at least.
+        time_limit: seconds; slower paths are not wanted.
+        sync_limit: seconds of synchronisation that the layers may take.
+
+    Returns:
+        The assignment, or None where no path keeps all limits.
+    """
+    whole = chain.tail(sequence)[:, position : position + 1, chain.base]
+    floor = max(chain.least_transient, constant_transient)
+    if whole[BYTES_ROW, 0] + floor > budget or whole[SYNC_ROW, 0] > sync_limit * (1 + _SLACK):
+        return None
+    solver = _LabelSetting(chain, sequence, position, budget, constant_transient, sync_limit)
+    lower = solver.lower_bound(whole[:, 0])
+    if lower > time_limit:
+        return None
+    window = max(lower, 0.0) * _FIRST_WINDOW + 1e-12
+    while True:
+        allowed = min(time_limit, lower + window)
+        found = solver.run(allowed)
+        if found is not None or allowed >= time_limit:
+            return found
+        window *= _WIDENING
+        if window > 64 * (abs(lower) + 1e-9):
+            return solver.run(time_limit)
+
+
+class _LabelSetting:
+    """Forward label setting over one sequence."""
+
+    def __init__(self, chain, sequence, position, budget, constant_transient, sync_limit) -> None:
+        self.chain = chain
+        self.sequence = sequence
+        self.position = position
+        self.budget = budget
+        self.transient = constant_transient
+        self.sync_limit = sync_limit
+        self.limits_sync = bool(np.isfinite(sync_limit))
+        rows = np.arange(2, len(chain.kappa)) if self.limits_sync else chain.plain_rows
+        self.rows = rows
+        self.beta = chain.beta[rows, position]
+        self.kappa = chain.kappa[rows]
+
+    def lower_bound(self, whole: np.ndarray) -> float:
+        """Bound of the time of the whole sequence from its prices [R]."""
+        floor = max(self.chain.least_transient, self.transient)
+        bound = whole[self.rows] - self.beta * (self.budget - floor)
+        bound = bound - _SLACK * (whole[self.rows] + self.beta * self.budget)
+        if self.limits_sync:
+            bound = bound - self.kappa * self.sync_limit
+        return float(bound.max())
+
+    def run(self, allowed: float) -> Assignment | None:
+        """Label setting with a given time allowed."""
+        chain = self.chain
+        labels = np.array([[0.0], [0.0], [0.0], [self.transient]])
+        layouts = np.array([chain.base], dtype=np.intp)
+        history: list[tuple[np.ndarray, np.ndarray] | None] = []
+        limit = allowed + _SLACK * abs(allowed) if np.isfinite(allowed) else np.inf
+        for index, element in enumerate(self.sequence):
+            if element == BOUNDARY:
+                labels = labels.copy()
+                labels[0] += chain.reshard[layouts, chain.base]
+                layouts = np.full(labels.shape[1], chain.base, dtype=np.intp)
+                kept = _undominated(labels, layouts, self.limits_sync)
+                labels, layouts = labels[:, kept], layouts[kept]
+                history.append((kept, np.full(len(kept), -1)))
+                continue
+            options = chain.elements[element]
+            count, width = labels.shape[1], len(options.strategies)
+            new = np.empty((4, count, width))
+            new[0] = labels[0][:, None] + chain.reshard[layouts][:, options.layouts] + options.seconds
+            new[1] = labels[1][:, None] + options.sync
+            new[2] = labels[2][:, None] + chain.bytes_of(element)[self.position]
+            np.maximum(labels[3][:, None], options.transient, out=new[3])
+            rest = chain.tail(self.sequence[index + 1 :])[:, self.position, :][:, options.layouts]  # [R, S]
+            keep = self._can_finish(new, rest, limit)
+            flat = np.flatnonzero(keep)
+            if not len(flat):
+                return None
+            labels = new.reshape(4, -1)[:, flat]
+            parents, choices = np.divmod(flat, width)
+            layouts = options.layouts[choices]
+            kept = _undominated(labels, layouts, self.limits_sync)
+            labels, layouts = labels[:, kept], layouts[kept]
+            history.append((parents[kept], choices[kept]))
+        seconds = labels[0] + chain.reshard[layouts, chain.base]
+        fits = (labels[2] + labels[3] <= self.budget) & (labels[1] <= self.sync_limit) & (seconds <= limit)
+        ends = np.flatnonzero(fits)
+        if not len(ends):
+            return None
+        end = int(ends[np.lexsort((labels[2][ends], labels[1][ends], seconds[ends]))[0]])
+        return self._trace(end, float(seconds[end]), labels[:, end], history)
+
+    def _can_finish(self, new: np.ndarray, rest: np.ndarray, limit: float) -> np.ndarray:
+        spare = self.budget - new[2] - np.maximum(new[3], self.chain.least_transient)
+        keep = spare >= rest[BYTES_ROW]
+        if self.limits_sync:
+            keep &= new[1] + rest[SYNC_ROW] <= self.sync_limit * (1 + _SLACK)
+        if np.isfinite(limit):
+            for row, beta, kappa in zip(self.rows, self.beta, self.kappa, strict=True):
+                bound = new[0] + rest[row] * (1 - _SLACK)
+                if beta:
+                    bound -= beta * spare + _SLACK * np.abs(beta * spare)
+                if kappa:
+                    bound -= kappa * (self.sync_limit - new[1])
+                keep &= bound <= limit
+        return keep
+
+    def _trace(self, end: int, seconds: float, label: np.ndarray, history: list) -> Assignment:
+        choices = []
+        for parents, chosen in reversed(history):
+            if chosen[end] >= 0:
+                choices.append(int(chosen[end]))
+            end = int(parents[end])
+        return Assignment(
+            seconds=seconds,
+            sync=float(label[1]),
+            bytes=float(label[2]),
+            transient=float(label[3]),
+            choices=tuple(reversed(choices)),
+        )
+
+
+def _undominated(labels: np.ndarray, layouts: np.ndarray, with_sync: bool) -> np.ndarray:
+    """Indices of labels [4, n] that no other of the same layout equals or beats; the fastest first.
+
+    Where sync is not limited it only breaks ties between labels that are equal in everything else.
+    """
+    order = np.lexsort((labels[1], labels[3], labels[2], labels[0], layouts))
+    if len(order) == 1:
+        return order
+    bounds = np.flatnonzero(np.diff(layouts[order])) + 1
+    kept = []
+    for group in np.split(order, bounds):
+        kept.append(group if len(group) == 1 else group[_front(labels[:, group], with_sync)])
+    return np.concatenate(kept)
+
+
+def _front(labels: np.ndarray, with_sync: bool) -> np.ndarray:
+    """Mask of undominated labels [4, n] already sorted by seconds, then bytes, transient and sync."""
+    bytes_, transient, sync = labels[2], labels[3], labels[1]
+    keep = np.zeros(labels.shape[1], dtype=bool)
+    for level in np.unique(transient):
+        inside = np.flatnonzero(transient <= level)
+        at_level = transient[inside] == level
+        if with_sync:
+            alive = _staircase(bytes_[inside], sync[inside])
+        else:
+            values = bytes_[inside]
+            best = np.minimum.accumulate(values)
+            alive = np.ones(len(values), dtype=bool)
+            alive[1:] = values[1:] < best[:-1]
+        keep[inside[alive & at_level]] = True
+    return keep
+
+
+def _staircase(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Marks entries for which no earlier entry is <= in both arrays."""
+    steps_first: list[float] = []
+    steps_second: list[float] = []
+    alive = np.zeros(len(first), dtype=bool)
+    for index, (a, b) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
+        at = bisect_right(steps_first, a)
+        if at and steps_second[at - 1] <= b:
+            continue
+        alive[index] = True
+        begin = bisect_left(steps_first, a)
+        end = begin
+        while end < len(steps_first) and steps_second[end] >= b:
+            end += 1
+        steps_first[begin:end] = [a]
+        steps_second[begin:end] = [b]
+    return alive

@@ -1,0 +1,140 @@
+"""Prices of all strategies of one kind of layer, as arrays."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from galvatron_megatron.cost.protocol import CostModel, LayerCost, Setting
+from galvatron_megatron.errors import SearchError
+from galvatron_megatron.plan.strategy import Strategy
+
+_FIELDS = tuple(entry.name for entry in fields(LayerCost))
+_LARGEST_BYTES = 2**50  # sums of up to 8,000 such numbers are still exact in a 64-bit float
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Options:
+    """The strategies one layer may take and their prices; entry i of every array belongs to strategies[i].
+
+    Bytes are whole numbers held in 64-bit floats, exact below 2**53: nothing is rounded.
+    """
+
+    strategies: tuple[Strategy, ...]
+    layouts: np.ndarray
+    """Index of the layout of every strategy, [S] int."""
+    prices: np.ndarray
+    """[5, S] float64: the rows below."""
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """Micro-batch seconds, [S]."""
+        return self.prices[0]
+
+    @property
+    def sync(self) -> np.ndarray:
+        """Once-per-step seconds, [S]."""
+        return self.prices[1]
+
+    @property
+    def state(self) -> np.ndarray:
+        """State bytes, [S]."""
+        return self.prices[2]
+
+    @property
+    def activation(self) -> np.ndarray:
+        """Activation bytes per live micro-batch, [S]."""
+        return self.prices[3]
+
+    @property
+    def transient(self) -> np.ndarray:
+        """Transient bytes, [S]."""
+        return self.prices[4]
+
+    def take(self, chosen: np.ndarray) -> "Options":
+        """Keeps the strategies at the given indices, in their order."""
+        return Options(
+            strategies=tuple(self.strategies[i] for i in chosen),
+            layouts=self.layouts[chosen],
+            prices=self.prices[:, chosen],
+        )
+
+    def with_one_layout(self) -> "Options":
+        """The same prices as if moving between layouts were free: a relaxation for bounds."""
+        return Options(
+            strategies=self.strategies,
+            layouts=np.zeros(len(self.strategies), dtype=np.intp),
+            prices=self.prices,
+        )
+
+    def undominated(self) -> "Options":
+        """Drops every strategy that another one of the same layout beats or equals in all five prices.
+
+        Exact for every pipeline position, since time and memory are monotone in all five; of equals the first,
+        the simplest, stays.
+        """
+        prices = self.prices
+        better = (self.layouts[:, None] == self.layouts[None, :]) & (
+            prices[:, :, None] <= prices[:, None, :]
+        ).all(0)
+        equal = better & better.T
+        count = len(self.strategies)
+        earlier = np.tri(count, count, -1, dtype=bool).T  # [i, j]: i comes before j
+        drop = (better & (~equal | earlier)).any(0)
+        return self.take(np.flatnonzero(~drop))
+
+
+def checked(cost: LayerCost, where: str) -> tuple[float, ...]:
+    """Reads a price as five floats.
+
+    Raises:
+        SearchError: a price is NaN, infinite, negative or, for bytes, not whole or beyond 2**50.
+    """
+    row = (
+        cost.micro_batch_seconds,
+        cost.sync_seconds,
+        cost.state_bytes,
+        cost.activation_bytes,
+        cost.transient_bytes,
+    )
+    # One comparison accepts almost every row: a NaN or negative number makes it false.
+    if min(row) >= 0 and max(row) < _LARGEST_BYTES and not math.isnan(sum(row)):
+        if row[2] == int(row[2]) and row[3] == int(row[3]) and row[4] == int(row[4]):
+            return row
+    for name, value in zip(_FIELDS, row, strict=True):
+        whole = not name.endswith("bytes") or (math.isfinite(value) and value == int(value))
+        if not (0 <= value < _LARGEST_BYTES) or not whole:
+            raise SearchError(
+                f"cost of {where}: {name} is {value!r}; valid: a finite number >= 0, whole and below 2**50 for bytes"
+            )
+    raise AssertionError("unreachable")
+
+
+def price_options(
+    cost_model: CostModel,
+    layer: int,
+    strategies: Sequence[Strategy],
+    setting: Setting,
+    layout_ids: dict[tuple, int],
+) -> Options:
+    """Prices all strategies of one layer.
+
+    Args:
+        cost_model: who knows the prices.
+        layer: index of the layer (of the first of its kind).
+        strategies: the simplest first.
+        setting: outer decisions; only pp, micro-batches and samples may matter (see ``CostModel``).
+        layout_ids: numbers of the layouts seen so far; extended here.
+
+    Raises:
+        SearchError: a price is not a number one can plan with.
+    """
+    price = cost_model.layer_cost
+    rows = [checked(price(layer, s, setting), f"layer {layer} under {s}") for s in strategies]
+    layouts = [layout_ids.setdefault(s.layout, len(layout_ids)) for s in strategies]
+    return Options(
+        strategies=tuple(strategies),
+        layouts=np.array(layouts, dtype=np.intp),
+        prices=np.ascontiguousarray(np.array(rows, dtype=np.float64).reshape(len(rows), 5).T),
+    )

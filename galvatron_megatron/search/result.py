@@ -1,0 +1,30 @@
+"""What a search answers."""
+
+from dataclasses import dataclass
+
+from galvatron_megatron.plan.plan import Plan
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class SearchResult:
+    """The chosen plan and what stands beside it."""
+
+    plan: Plan
+    step_seconds: float
+    """Predicted time of one training step."""
+    memory_bytes: list[int]
+    """Predicted peak per pipeline rank."""
+    samples_per_second: float
+    search_seconds: float
+    runners_up: list[tuple[Plan, float]]
+    """Next-best plans with other outer decisions and their step seconds, the fastest first."""
+    best_uniform: tuple[Plan, float] | None
+    """Best plan that runs every layer alike, with its step seconds; None where none fits."""
+    best_layerwise: tuple[Plan, float] | None
+    """Fastest plan of the whole space, which ``plan`` is unless ``uniform_margin`` preferred the uniform one."""
+    gap: float
+    """0.0 where the plan is proven the best of the space; else the most it can be off, as a fraction."""
+    outer_points: int
+    """Combinations of outer decisions in the space."""
+    solved_points: int
+    """Those that bounds could not exclude."""

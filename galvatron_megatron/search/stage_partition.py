@@ -1,0 +1,405 @@
+"""The best partition of the layers into pipeline stages, exact for the whole objective.
+
+The step time of stages with times t_p and synchronisation y_p is (``cost.objective``)
+
+    T = (m - 1/v) * max(t) + sum(t) / v + max(y)
+
+For caps tau >= t_p and Y >= y_p the best plan minimises sum(t) alone, which is a shortest path over (position, layers
+so far). The search is a branch and bound over boxes of (tau, Y): one shortest path per box gives a lower bound, a plan
+and thereby tighter caps. Stage times enter the path as Lagrangian lower bounds first and are replaced by exact ones
+(``layer_dp``) only where a best path uses them: when every stage of a best path is exact, so is the path.
+"""
+
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import count
+
+import numpy as np
+
+from galvatron_megatron.search.chain import BOUNDARY, SYNC_ROW, Chain
+from galvatron_megatron.search.layer_dp import Assignment, fastest_assignment
+from galvatron_megatron.search.spans import Spans
+
+_TIGHT = 1e-12
+"""Relative difference of two step times that count as equal."""
+_NEAR = 2e-3
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Positions:
+    """What differs between the ranks of a pipeline; arrays of length P."""
+
+    classes: np.ndarray
+    """Class of live micro-batches, an index into ``Chain.live``."""
+    budget: np.ndarray
+    """Bytes for state, live activations and the largest transient of the layers."""
+    seconds: np.ndarray
+    """Constant part of the stage time: embedding, head, sends."""
+    sync: np.ndarray
+    """Constant part of the synchronisation."""
+    transient: np.ndarray
+    """Transient bytes of embedding or head."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Partition:
+    """Stages of one pipeline and the strategies in them."""
+
+    step_seconds: float
+    cuts: tuple[int, ...]
+    """P + 1 places on the width of the spans, from 0."""
+    assignments: tuple[Assignment, ...]
+
+
+@dataclass(slots=True)
+class _Stage:
+    """What is known exactly about one sequence in one class of positions, by allowance of synchronisation."""
+
+    solved: list[tuple[float, Assignment]] = field(default_factory=list)
+    """(allowance, fastest within it): also the fastest for every allowance down to its own sync."""
+    refuted: list[tuple[float, float]] = field(default_factory=list)
+    """(allowance, seconds): nothing at most so slow within the allowance."""
+
+    def exact(self, allowance: float) -> Assignment | None:
+        for limit, found in self.solved:
+            if found.sync <= allowance <= limit:
+                return found
+        return None
+
+    def lower_bound(self, allowance: float, constant: float) -> float:
+        """Bound of the stage time, the constant part added."""
+        bound = 0.0
+        for limit, found in self.solved:
+            if allowance <= limit:
+                bound = max(bound, found.seconds + constant)
+        for limit, seconds in self.refuted:
+            if allowance <= limit:
+                # Above the cap that was refuted, whatever rounding did to the difference and the sum.
+                bound = max(bound, (seconds + constant) * (1 + _TIGHT))
+        return bound
+
+
+class PipelineProblem:
+    """All partitions of one family (``Spans``) in one setting."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        spans: Spans,
+        positions: Positions,
+        element_of: dict[tuple, int],
+        micro_batches: int,
+        time_limit: float = np.inf,
+    ) -> None:
+        """Collects the sequences that can occur.
+
+        Args:
+            chain: prices and bounds.
+            spans: the family of partitions.
+            positions: the ranks of the pipeline.
+            element_of: number in the chain of every (kind, chunk, forced recomputation).
+            micro_batches: m.
+            time_limit: a stage slower than this many seconds is of no use.
+        """
+        self.chain, self.spans, self.positions = chain, spans, positions
+        self.slowest_weight = micro_batches - 1 / spans.virtual_stages
+        self.sum_weight = 1 / spans.virtual_stages
+        self.time_limit = time_limit
+        self._element_of = element_of
+        self._ids: dict[tuple[int, ...], int] = {}
+        self._sequences: list[tuple[int, ...]] = []
+        self._band = self._collect()
+        self.is_possible = bool(self._sequences)
+        if not self.is_possible:
+            return
+        tails = np.stack([chain.tail(sequence)[:, :, chain.base] for sequence in self._sequences], axis=2)
+        self._prices = tails[:, positions.classes, :]
+        least = np.maximum(positions.transient, chain.least_transient)
+        self._spare = positions.budget - least
+        keys = zip(
+            positions.classes.tolist(), positions.budget.tolist(), positions.transient.tolist(), strict=True
+        )
+        self._keys = list(keys)
+        self._stages: dict[tuple, _Stage] = {}
+        self._bounds: dict[float, np.ndarray] = {}
+
+    # ---- sequences -------------------------------------------------------------------------------------------
+
+    def _collect(self) -> int:
+        """Numbers the sequences of all stages; returns the most of the width that one rank may own."""
+        spans, pp, width = self.spans, self.spans.pp, self.spans.width
+        band = max(1, min(width - pp + 1, self._longest()))
+        self._first = np.full(width + 1, -1, dtype=np.intp)
+        self._last = np.full(width + 1, -1, dtype=np.intp)
+        self._middle = np.full((width + 1, band + 1), -1, dtype=np.intp)  # [end, length]
+        if pp == 1:
+            self._first[width] = self._number(0, 0, width)
+            return band
+        for length in range(1, band + 1):
+            self._first[length] = self._number(0, 0, length)
+            self._last[width - length] = self._number(pp - 1, width - length, width)
+        if pp == 2:
+            return band
+        if spans.is_shift_invariant:
+            # Away from the ends: neither exception of the first and last virtual stage is met.
+            begin = spans.short_first + 1
+            for length in range(1, band + 1):
+                if begin + length < width - spans.short_last + 1:
+                    self._middle[begin + length : width + 1, length] = self._number(1, begin, begin + length)
+                    self._middle[begin + length : width + 1, length] = self._middle[begin + length, length]
+            return band
+        for end in range(2, width):
+            for length in range(1, min(band, end - 1) + 1):
+                begin = end - length
+                position = begin if spans.by_hand else 1
+                if 0 < position < pp - 1:
+                    self._middle[end, length] = self._number(position, begin, end)
+        return band
+
+    def _longest(self) -> int:
+        """Most of the width that a rank can own in the time limit, by the fastest strategies alone."""
+        if not np.isfinite(self.time_limit) or self.spans.by_hand:
+            return self.spans.width
+        least = min(float(options.seconds.min()) for options in self.chain.elements)
+        if least <= 0:
+            return self.spans.width
+        layers = self.time_limit / least + self.spans.short_first + self.spans.short_last
+        return int(layers / self.spans.virtual_stages + 1e-6)
+
+    def _number(self, position: int, begin: int, end: int) -> int:
+        if not self.spans.allowed(position, begin, end):
+            return -1
+        elements = self._element_of
+        sequence = tuple(
+            BOUNDARY if entry == BOUNDARY else elements[entry] for entry in self.spans.sequence(begin, end)
+        )
+        if sequence not in self._ids:
+            self._ids[sequence] = len(self._sequences)
+            self._sequences.append(sequence)
+        return self._ids[sequence]
+
+    # ---- stage times -----------------------------------------------------------------------------------------
+
+    def _times(self, sync_limit: float) -> np.ndarray:
+        """Lower bounds, exact where known, of the stage times [P, C + 1]; the last column is infinite."""
+        found = self._bounds.get(sync_limit)
+        if found is not None:
+            return found
+        positions = self.positions
+        allowance = sync_limit - positions.sync if np.isfinite(sync_limit) else None
+        layers = self.chain.time_bounds(self._prices, positions.classes, self._spare, allowance)
+        found = np.full((layers.shape[0], layers.shape[1] + 1), np.inf)
+        found[:, :-1] = layers + positions.seconds[:, None]
+        self._bounds = {sync_limit: found}  # one at a time: boxes of one allowance follow each other
+        for position, key in enumerate(self._keys):
+            for number in range(len(self._sequences)):
+                stage = self._stages.get((key, number))
+                if stage is not None:
+                    self._tighten(found, position, number, stage, sync_limit)
+        return found
+
+    def _tighten(self, times: np.ndarray, position: int, number: int, stage: _Stage, sync_limit: float) -> None:
+        allowance = sync_limit - self.positions.sync[position]
+        constant = self.positions.seconds[position]
+        exact = stage.exact(allowance)
+        if exact is not None:
+            times[position, number] = exact.seconds + constant
+        else:
+            times[position, number] = max(times[position, number], stage.lower_bound(allowance, constant))
+
+    def _make_exact(self, position: int, number: int, time_limit: float, sync_limit: float) -> bool:
+        """Solves one stage exactly; False where it was exact already."""
+        positions = self.positions
+        key = (self._keys[position], number)
+        stage = self._stages.setdefault(key, _Stage())
+        allowance = sync_limit - positions.sync[position]
+        if stage.exact(allowance) is not None:
+            return False
+        sequence = self._sequences[number]
+        budget, transient = float(positions.budget[position]), float(positions.transient[position])
+        limit = time_limit - positions.seconds[position]
+        path = self.chain.fastest(sequence)
+        used = float(path.bytes[positions.classes[position]])
+        if path.sync <= allowance and used + max(path.transient, transient) <= budget:
+            found = Assignment(
+                seconds=path.seconds,
+                sync=path.sync,
+                bytes=used,
+                transient=max(path.transient, transient),
+                choices=path.choices,
+            )
+            stage.solved.append((np.inf, found))
+        else:
+            found = fastest_assignment(
+                self.chain,
+                sequence,
+                int(positions.classes[position]),
+                budget,
+                constant_transient=transient,
+                time_limit=limit,
+                sync_limit=allowance,
+            )
+            if found is None:
+                stage.refuted.append((allowance, limit))
+            else:
+                stage.solved.append((allowance, found))
+        times = self._times(sync_limit)
+        for other, other_key in enumerate(self._keys):
+            if other_key == self._keys[position]:
+                self._tighten(times, other, number, stage, sync_limit)
+        return True
+
+    # ---- shortest paths --------------------------------------------------------------------------------------
+
+    def _shortest(self, times: np.ndarray, combine=np.add) -> tuple[float, list[int]]:
+        """Cheapest cuts for stage prices [P, C + 1], summed or (``np.maximum``) by their largest."""
+        pp, width = self.spans.pp, self.spans.width
+        if pp == 1:
+            return float(times[0, self._first[width]]), [0, width]
+        reach = times[0, self._first]
+        parents = []
+        if pp > 2:
+            ends = np.arange(width + 1)
+            begins = ends[:, None] - np.arange(self._middle.shape[1])[None, :]
+            valid = begins >= 0
+            begins = np.where(valid, begins, 0)
+            for position in range(1, pp - 1):
+                price = times[position][self._middle]
+                total = combine(np.where(valid, reach[begins], np.inf), price)
+                best = total.argmin(1)
+                reach = total[ends, best]
+                parents.append(begins[ends, best])
+        total = combine(reach, times[pp - 1, self._last])
+        cut = int(total.argmin())
+        value = float(total[cut])
+        cuts = [width, cut]
+        for back in reversed(parents):
+            cut = int(back[cut])
+            cuts.append(cut)
+        return value, [*reversed([*cuts, 0])]
+
+    def _numbers(self, cuts: list[int]) -> list[int]:
+        pp, width = self.spans.pp, self.spans.width
+        if pp == 1:
+            return [int(self._first[width])]
+        middle = [int(self._middle[e, e - b]) for b, e in zip(cuts[1:-2], cuts[2:-1], strict=True)]
+        return [int(self._first[cuts[1]]), *middle, int(self._last[cuts[-2]])]
+
+    def _oracle(
+        self, slowest: float, sync_limit: float, most: float
+    ) -> tuple[float, list[int], list[Assignment]] | None:
+        """Least sum of stage times, exactly, under both caps; None where it is above ``most`` or impossible."""
+        while True:
+            times = self._times(sync_limit)
+            capped = np.where(times <= slowest, times, np.inf)
+            total, cuts = self._shortest(capped)
+            if not total <= most:
+                return None
+            numbers = self._numbers(cuts)
+            changed = False
+            for position, number in enumerate(numbers):
+                changed |= self._make_exact(position, number, slowest, sync_limit)
+            if not changed:
+                found = []
+                for position, number in enumerate(numbers):
+                    stage = self._stages[self._keys[position], number]
+                    found.append(stage.exact(sync_limit - self.positions.sync[position]))
+                return total, cuts, found
+
+    # ---- branch and bound ------------------------------------------------------------------------------------
+
+    def lower_bound(self) -> float:
+        """Bound of the step time from Lagrangian stage times alone."""
+        if not self.is_possible:
+            return np.inf
+        low_slowest, low_sync, low_both = self._least()
+        total, _ = self._shortest(self._times(np.inf))
+        return max(self.slowest_weight * low_slowest + low_sync, low_both) + total * self.sum_weight
+
+    def _least(self) -> tuple[float, float, float]:
+        """Least slowest stage, least largest sync, and least largest (weight * time + sync), each by itself."""
+        slowest, _ = self._shortest(self._times(np.inf), np.maximum)
+        padded = np.full(self._times(np.inf).shape, np.inf)
+        padded[:, :-1] = self._prices[SYNC_ROW] * (1 - _TIGHT) + self.positions.sync[:, None]
+        sync, _ = self._shortest(padded, np.maximum)
+        both = 0.0
+        weight = self.slowest_weight
+        if weight > 0:
+            rows = np.flatnonzero(np.isclose(self.chain.kappa * weight, 1.0) & (self.chain.time_weight > 0))
+            if len(rows):
+                paid = self.chain.beta[rows][:, self.positions.classes] * self._spare
+                price = self._prices[rows]
+                bound = (price - paid[:, :, None] - _TIGHT * (price + np.abs(paid)[:, :, None])).max(0)
+                padded[:, :-1] = (
+                    weight * (bound + self.positions.seconds[:, None]) + self.positions.sync[:, None]
+                )
+                both, _ = self._shortest(padded, np.maximum)
+        return slowest, sync, both
+
+    def solve(self, cutoff: float = np.inf) -> Partition | None:
+        """Finds the best partition.
+
+        Args:
+            cutoff: only a plan faster than this many seconds is wanted.
+
+        Returns:
+            The best partition, exactly; None where none is below the cutoff.
+        """
+        if not self.is_possible:
+            return None
+        low_slowest, low_sync, low_both = self._least()
+        if not np.isfinite(low_slowest):
+            return None
+        best: Partition | None = None
+        ticket = count()
+        boxes: list = []
+        limit = min(self.time_limit, np.inf)
+
+        def push(low_t: float, high_t: float, low_y: float, high_y: float, known: tuple | None) -> None:
+            fixed = max(self.slowest_weight * low_t + low_y, low_both)
+            bound = fixed + (known[0] * self.sum_weight if known else 0.0)
+            heappush(boxes, (bound, next(ticket), fixed, low_t, high_t, low_y, high_y, known))
+
+        push(low_slowest, limit, low_sync, np.inf, None)
+        while boxes:
+            bound, _, fixed, low_t, high_t, low_y, high_y, known = heappop(boxes)
+            if bound >= cutoff * (1 - _TIGHT):
+                break
+            if known is None:
+                most = (cutoff - fixed) / self.sum_weight
+                known = self._oracle(high_t, high_y, most)
+                if known is None:
+                    continue
+            total, cuts, found = known
+            times = [a.seconds + c for a, c in zip(found, self.positions.seconds, strict=True)]
+            syncs = [a.sync + c for a, c in zip(found, self.positions.sync, strict=True)]
+            value = self.slowest_weight * max(times) + sum(times) * self.sum_weight + max(syncs)
+            if value < cutoff * (1 - _TIGHT):
+                cutoff = value
+                best = Partition(step_seconds=value, cuts=tuple(cuts), assignments=tuple(found))
+            gain = cutoff - (self.slowest_weight * low_t + low_y + total * self.sum_weight)
+            if gain <= cutoff * 4 * _TIGHT:
+                continue
+            cap_t = min(high_t, low_t + gain / self.slowest_weight) if self.slowest_weight > 0 else high_t
+            cap_y = min(high_y, low_y + gain)
+            slow, late = max(times), max(syncs)
+            if slow > cap_t or late > cap_y:
+                push(low_t, cap_t, low_y, cap_y, None)
+                continue
+            # The known path is inside the caps, so the box must be split where the path stands out most.
+            if self.slowest_weight * (slow - low_t) >= late - low_y:
+                middle = _split(low_t, slow)
+                push(low_t, middle, low_y, cap_y, None)
+                push(max(low_t, middle), cap_t, low_y, cap_y, known)
+            else:
+                middle = _split(low_y, late)
+                push(low_t, cap_t, low_y, middle, None)
+                push(low_t, cap_t, max(low_y, middle), cap_y, known)
+        return best
+
+
+def _split(low: float, high: float) -> float:
+    """Half way; just below the upper end where the two are near, so that a discrete choice is left out whole."""
+    if high - low > _NEAR * high:
+        return (low + high) / 2
+    return high * (1 - _TIGHT)
