@@ -73,7 +73,20 @@ class AnalyticCostModel:
         return 2 * collective_seconds("send", message, 2, stride, self.cluster)
 
     def overhead_bytes(self, setting: Setting, position: int) -> int:
-        """Driver context and communication libraries of a rank."""
+        """Library workspaces, driver context and communication libraries of a rank."""
+        return self.workspace_bytes() + self.context_bytes()
+
+    def slack_share(self) -> float:
+        """Part of a transient's bytes that is allocator slack."""
+        slack = self.cluster.constants.memory_slack
+        return slack / (1 + slack)
+
+    def workspace_bytes(self) -> int:
+        """Library workspaces inside the allocator."""
+        return int(self.cluster.constants.workspace_mib * 2**20)
+
+    def context_bytes(self) -> int:
+        """Driver context and communication libraries, outside the allocator."""
         return int(self.cluster.constants.context_gib * 2**30)
 
     # Prices with their terms.
@@ -96,7 +109,24 @@ class AnalyticCostModel:
         """Time per step outside all layers: data, logging, synchronisation with the host."""
         return self.cluster.constants.step_ms * 1e-3
 
+    def flops_per_sample(self) -> float:
+        """Useful operations of one training sample: no recomputation, causal attention counted half."""
+        return self._sample_flops
+
     # How prices come about.
+
+    @cached_property
+    def _sample_flops(self) -> float:
+        alone = Strategy()
+        counted = [
+            (layer_counts(self.model, layer, alone, 1), times) for layer, times in self.model.layer_runs()
+        ]
+        counted += [(embedding_counts(self.model, alone, 1), 1), (head_counts(self.model, alone, 1), 1)]
+        return sum(
+            times * operator.count * operator.flops * (0.5 if operator.kind == "attention" else 1.0)
+            for counts, times in counted
+            for operator in counts.operators
+        )
 
     @cached_property
     def _element(self):
@@ -220,7 +250,8 @@ class AnalyticCostModel:
             micro_batch_terms=tuple(term for term in terms if term.value),
             sync_terms=tuple(term for term in sync if term.value),
             state_terms=state_terms,
-            activation_terms=(*kept, Term(name="allocator slack", value=slack)),
+            activation_terms=kept,
+            slack_bytes=slack,
         )
 
     def _exchanges(

@@ -104,6 +104,9 @@ def core_attention(b: Builder, *, heads: int, groups: int, head_dim: int, v_head
     if not model.fused_attention:
         _score_matrix(b, heads, scores, seq_q, seq_k, head_dim, v_head_dim)
         return
+    if shapes.fused and shapes.samples > 1:
+        # Flash attention keeps its output batch-first; the output projection keeps it again sequence-first.
+        b.keep("attention output, batch first", output)
     b.keep("attention log-sum-exp", shapes.samples * heads * seq_q * 4, in_core_attention=True)
     shape = (shapes.samples, heads, groups, seq_q, seq_k, head_dim)
     pair = 2 * scores

@@ -18,7 +18,5 @@ class RunOptions:
     """``--overlap-param-gather``: updated parameters are gathered during the next forward pass."""
     overlap_tensor_parallel: bool = False
     """``--tp-comm-overlap``: tensor-parallel collectives overlap with the GEMMs they feed."""
-    fused_cross_entropy: bool = False
-    """``--cross-entropy-loss-fusion`` without an fp32 copy of the logits."""
     optimizer_in_step: bool = True
     """False leaves out the optimizer step, where a measured time does so too."""

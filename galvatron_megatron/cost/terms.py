@@ -34,4 +34,6 @@ class PricedLayer:
     state_terms: tuple[Term, ...]
     """Bytes; they add up to ``cost.state_bytes``."""
     activation_terms: tuple[Term, ...]
-    """Bytes per live micro-batch; they add up to ``cost.activation_bytes``."""
+    """Bytes per live micro-batch; they add up to ``cost.activation_bytes`` without slack."""
+    slack_bytes: int = 0
+    """Part of ``cost.activation_bytes`` that is allocator rounding and fragmentation."""

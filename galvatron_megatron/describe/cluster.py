@@ -79,7 +79,7 @@ class Link:
         for pair in self.group_efficiency:
             if len(pair) != 2 or not (isinstance(pair[0], int) and pair[0] > 1 and pair[1] > 0):
                 raise DescriptionError(
-                    f"cluster link.group_efficiency: {pair!r}; valid: a mapping of group size > 1 to a number > 0"
+                    f"cluster link.group_efficiency: {pair!r}; valid: group sizes > 1 and numbers > 0"
                 )
 
     def bandwidth(self, ranks: int) -> float:
@@ -110,6 +110,8 @@ class Constants:
     """Both computation and communication take this much longer while they overlap."""
     memory_slack: float = 0.03
     """Fraction of a plan's memory that allocator rounding and fragmentation add."""
+    workspace_mib: float = 80.0
+    """Workspaces of matrix and attention libraries and small buffers inside the allocator, in MiB."""
     context_gib: float = 1.0
     """Memory of the driver context and of communication libraries, outside the allocator, in GiB."""
 
@@ -117,7 +119,7 @@ class Constants:
         _check_numbers(
             self,
             "cluster constants",
-            zero_allowed=("kernel_us", "host_us", "step_ms", "memory_slack", "context_gib"),
+            zero_allowed=("kernel_us", "host_us", "step_ms", "memory_slack", "workspace_mib", "context_gib"),
         )
         if self.overlap_slowdown < 1:
             raise DescriptionError(f"cluster constants.overlap_slowdown: {self.overlap_slowdown}; valid: >= 1")
@@ -266,6 +268,6 @@ def cluster_document(cluster: Cluster) -> str:
     """The YAML text that :func:`read_cluster` reads back to an equal cluster."""
     content = asdict(cluster)
     for link in ("intra_node", "inter_node"):
-        content[link]["group_efficiency"] = {ranks: value for ranks, value in content[link]["group_efficiency"]}
+        content[link]["group_efficiency"] = dict(content[link]["group_efficiency"])
     content["sources"] = list(content["sources"])
     return yaml.safe_dump(content, sort_keys=False, width=110)

@@ -1,0 +1,264 @@
+"""The estimate of one plan: step time and peak memory per pipeline rank, term by term."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from galvatron_megatron.cost.analytic import AnalyticCostModel
+from galvatron_megatron.cost.objective import live_micro_batches, step_seconds
+from galvatron_megatron.cost.protocol import Setting
+from galvatron_megatron.cost.terms import PricedLayer, Term
+from galvatron_megatron.describe.model import Layer
+from galvatron_megatron.errors import PlanError
+from galvatron_megatron.plan.plan import Plan
+from galvatron_megatron.plan.strategy import Strategy
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class ChunkEstimate:
+    """One virtual pipeline stage: the work of one micro-batch."""
+
+    forward_seconds: float
+    backward_seconds: float
+    send_seconds: float
+    """Exposed send to the next stage and of the gradient back; zero behind the last stage."""
+
+    @property
+    def seconds(self) -> float:
+        """What the objective counts for the chunk."""
+        return self.forward_seconds + self.backward_seconds + self.send_seconds
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class StageEstimate:
+    """One pipeline rank."""
+
+    chunks: tuple[ChunkEstimate, ...]
+    sync_seconds: float
+    state_bytes: int
+    activation_bytes: int
+    """Of all live micro-batches."""
+    transient_bytes: int
+    overhead_bytes: int
+    slack_bytes: int
+    """Allocator rounding and fragmentation, part of the activations and the transient."""
+    context_bytes: int
+    """Outside the allocator, part of the overhead."""
+    micro_batch_terms: tuple[Term, ...]
+    """Seconds of one micro-batch by name."""
+    sync_terms: tuple[Term, ...]
+    """Seconds once per step by name."""
+    memory_terms: tuple[Term, ...]
+    """Bytes by name; they add up to ``peak_bytes``."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of one micro-batch over all chunks: t_p of the objective."""
+        return sum(chunk.seconds for chunk in self.chunks)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak memory of a rank."""
+        return self.state_bytes + self.activation_bytes + self.transient_bytes + self.overhead_bytes
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What ``torch.cuda.max_memory_allocated`` shows: the peak without slack and context."""
+        return self.peak_bytes - self.slack_bytes - self.context_bytes
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Estimate:
+    """Prediction for one plan."""
+
+    step_seconds: float
+    """By the objective's formula, with what is paid outside all layers."""
+    pipeline_seconds: float
+    """Part of it in which micro-batches run."""
+    bubble_seconds: float
+    """Part of ``pipeline_seconds`` in which the slowest pipeline rank waits."""
+    sync_seconds: float
+    overhead_seconds: float
+    stages: tuple[StageEstimate, ...]
+    tokens_per_step: int
+    model_flops: float
+    """FLOPs of one step of all ranks without recomputation, causal attention counted half."""
+    world_size: int
+    peak_flops: float
+    """Of one device."""
+
+    @property
+    def tokens_per_second_per_device(self) -> float:
+        """Throughput."""
+        return self.tokens_per_step / self.step_seconds / self.world_size
+
+    @property
+    def model_flops_utilization(self) -> float:
+        """MFU: useful operations over what the devices could do in the same time."""
+        return self.model_flops / (self.step_seconds * self.peak_flops * self.world_size)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of the fullest pipeline rank."""
+        return max(stage.peak_bytes for stage in self.stages)
+
+
+def plan_setting(plan: Plan) -> Setting:
+    """The setting under which the layers of a plan are priced."""
+    return Setting(
+        pp=plan.pp,
+        virtual_stages=plan.virtual_stages,
+        micro_batch_size=plan.micro_batch_size,
+        micro_batches=plan.micro_batches,
+        base=plan.base,
+    )
+
+
+def estimate_plan(plan: Plan, costs: AnalyticCostModel) -> Estimate:
+    """Predicts step time and memory of a plan with the formulas the search optimises.
+
+    Args:
+        plan: what to price.
+        costs: for the plan's model and cluster.
+
+    Returns:
+        The prediction.
+
+    Raises:
+        PlanError: the plan has another number of layers than the model.
+    """
+    if len(plan.layers) != len(costs.model.layers):
+        raise PlanError(
+            f"plan: {len(plan.layers)} layers; valid: the {len(costs.model.layers)} of model {costs.model.name}"
+        )
+    setting = plan_setting(plan)
+    starts = [0]
+    for stage in plan.stages:
+        starts.append(starts[-1] + len(stage.layers))
+    stages = tuple(_stage(plan, costs, setting, position, starts) for position in range(plan.pp))
+    sync = max(stage.sync_seconds for stage in stages)
+    overhead = costs.step_overhead_seconds()
+    pipeline = step_seconds([stage.seconds for stage in stages], [0.0], plan.micro_batches, plan.virtual_stages)
+    slowest = max(stage.seconds for stage in stages)
+    return Estimate(
+        step_seconds=pipeline + sync + overhead,
+        pipeline_seconds=pipeline,
+        bubble_seconds=pipeline - plan.micro_batches * slowest,
+        sync_seconds=sync,
+        overhead_seconds=overhead,
+        stages=stages,
+        tokens_per_step=plan.global_batch_size * costs.model.seq_length,
+        model_flops=costs.flops_per_sample() * plan.global_batch_size,
+        world_size=plan.world_size,
+        peak_flops=costs.cluster.device.peak_flops(costs.model.precision),
+    )
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Adds up the parts of one pipeline rank."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    sync: float = 0.0
+    state: int = 0
+    activation: int = 0
+    slack: int = 0
+    transient: int = 0
+    time_terms: list[Term] = field(default_factory=list)
+    sync_terms: list[Term] = field(default_factory=list)
+    memory_terms: list[Term] = field(default_factory=list)
+
+    def add(self, part: PricedLayer, times: int, live: int) -> None:
+        """Adds ``times`` equal layers with ``live`` micro-batches alive."""
+        self.forward += times * part.forward_seconds
+        self.backward += times * part.backward_seconds
+        self.sync += times * part.cost.sync_seconds
+        self.state += times * part.cost.state_bytes
+        self.activation += times * live * part.cost.activation_bytes
+        self.slack += times * live * part.slack_bytes
+        self.transient = max(self.transient, part.cost.transient_bytes)
+        self.time_terms += _times(part.micro_batch_terms, times)
+        self.sync_terms += _times(part.sync_terms, times)
+        self.memory_terms += _times(part.state_terms, times)
+        self.memory_terms += _times(part.activation_terms, times * live, prefix="activations: ")
+
+
+def _times(terms: Iterable[Term], factor: int, prefix: str = "") -> list[Term]:
+    return [Term(name=prefix + term.name, value=term.value * factor, source=term.source) for term in terms]
+
+
+def _stage(
+    plan: Plan, costs: AnalyticCostModel, setting: Setting, position: int, starts: list[int]
+) -> StageEstimate:
+    live = live_micro_batches(plan.pp, position, plan.micro_batches, plan.virtual_stages)
+    send = costs.send_seconds(setting)
+    chunks: list[ChunkEstimate] = []
+    sums = _Sums()
+    for chunk in range(plan.virtual_stages):
+        index = chunk * plan.pp + position
+        last = index == len(plan.stages) - 1
+        sums.forward = sums.backward = 0.0
+        if index == 0:
+            sums.add(costs.priced_embedding(setting), 1, live[chunk])
+        moved, before, number = 0.0, plan.base, starts[index]
+        for (_, strategy), times in _runs(plan, costs, index, starts):
+            moved += costs.reshard_seconds(number, before, strategy, setting)
+            sums.add(costs.priced_layer(number, strategy, setting), times, live[chunk])
+            before, number = strategy, number + times
+        moved += costs.reshard_seconds(number - 1, before, plan.base, setting)
+        if last:
+            sums.add(costs.priced_head(setting), 1, live[chunk])
+        chunks.append(
+            ChunkEstimate(
+                forward_seconds=sums.forward + moved / 2,
+                backward_seconds=sums.backward + moved / 2,
+                send_seconds=0.0 if last else send,
+            )
+        )
+        sums.time_terms += [
+            Term(name="resharding", value=moved),
+            Term(name="pipeline send", value=0.0 if last else send),
+        ]
+    transient_slack = int(sums.transient * costs.slack_share())
+    sums.memory_terms += [
+        Term(name="transient", value=sums.transient - transient_slack),
+        Term(name="allocator slack", value=transient_slack),
+        Term(name="allocator slack", value=sums.slack),
+        Term(name="workspaces", value=costs.workspace_bytes()),
+        Term(name="context and libraries", value=costs.context_bytes()),
+    ]
+    return StageEstimate(
+        chunks=tuple(chunks),
+        sync_seconds=sums.sync,
+        state_bytes=sums.state,
+        activation_bytes=sums.activation,
+        transient_bytes=sums.transient,
+        overhead_bytes=costs.overhead_bytes(setting, position),
+        slack_bytes=sums.slack + transient_slack,
+        context_bytes=costs.context_bytes(),
+        micro_batch_terms=sum_terms(sums.time_terms),
+        sync_terms=sum_terms(sums.sync_terms),
+        memory_terms=sum_terms(sums.memory_terms),
+    )
+
+
+def _runs(
+    plan: Plan, costs: AnalyticCostModel, index: int, starts: list[int]
+) -> Iterator[tuple[tuple[Layer, Strategy], int]]:
+    """Runs of consecutive equal layers of one virtual stage: ((layer, strategy), how many)."""
+    layers = costs.model.layers[starts[index] : starts[index + 1]]
+    strategies = (layer.strategy for layer in plan.stages[index].layers)
+    for key, run in groupby(zip(layers, strategies, strict=True)):
+        yield key, sum(1 for _ in run)
+
+
+def sum_terms(terms: Iterable[Term]) -> tuple[Term, ...]:
+    """Adds up terms of one name, in order of first appearance; zero sums are left out."""
+    totals: dict[tuple[str, str], float] = {}
+    for term in terms:
+        key = (term.name, term.source)
+        totals[key] = totals.get(key, 0.0) + term.value
+    return tuple(
+        Term(name=name, source=source, value=value) for (name, source), value in totals.items() if value
+    )

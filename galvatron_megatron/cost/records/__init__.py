@@ -1,0 +1,1 @@
+"""Public tables of measured runs, as plans that can be priced."""
