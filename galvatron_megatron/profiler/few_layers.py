@@ -165,7 +165,7 @@ def build(arguments: Namespace, layers: int) -> FewLayers:
     from megatron.core.transformer.module import Float16Module
     from megatron.training.training import get_megatron_ddp_config
 
-    module = _module(arguments)
+    module = bare_model(arguments)
     module.cuda(torch.cuda.current_device())
     wrapped = module
     if arguments.fp16 or arguments.bf16:
@@ -177,7 +177,8 @@ def build(arguments: Namespace, layers: int) -> FewLayers:
     return FewLayers(arguments=arguments, module=module, ddp=ddp, layers=layers)
 
 
-def _module(arguments: Namespace) -> torch.nn.Module:
+def bare_model(arguments: Namespace) -> torch.nn.Module:
+    """The ``GPTModel`` or ``HybridModel`` that validated arguments describe, without any wrapper."""
     from megatron.core.transformer.spec_utils import import_module
     from megatron.training.arguments import core_transformer_config_from_args
 
