@@ -46,7 +46,9 @@ class PartPoint:
     transient_bytes: int = 0
     """Peak above what is kept, in forward or backward."""
     parameters: int = 0
-    """Parameters of the part on one rank."""
+    """Parameters of the part on one rank; those of a tied output layer count for the embedding."""
+    tensors: int = 0
+    """Parameter tensors they are in."""
     failure: str = ""
     """Why there is no measurement (``out of memory``, or Megatron's reason); empty where there is one."""
     source: str = "measured"
@@ -200,6 +202,8 @@ class Profile:
     ``copy`` bytes per second, all ranks of the job at work; ``memory`` bytes of a device."""
     sample_seconds: float = 0.0
     """Time to make one training sample ready on a rank that loads data, outside the model."""
+    step_overhead_seconds: float = 0.0
+    """Time per training step outside all layers and collectives of the plan: batches, logging, losses."""
     notes: tuple[str, ...] = ()
     """What a reader should know: slow ranks, failed measurements."""
     schema_version: int = field(default=SCHEMA_VERSION)
@@ -248,6 +252,7 @@ class Profile:
             collectives=_union(self.collectives, other.collectives),
             speeds=other.speeds or self.speeds,
             sample_seconds=other.sample_seconds or self.sample_seconds,
+            step_overhead_seconds=other.step_overhead_seconds or self.step_overhead_seconds,
             notes=tuple(dict.fromkeys(self.notes + other.notes)),
         )
 

@@ -182,21 +182,28 @@ def measure_parts(
                 spread=worst["spread"],
                 activation_bytes=max(n[part]["kept"] for _, n in answers),
                 transient_bytes=max(n[part]["transient"] for _, n in answers),
-                parameters=parameters[part],
+                parameters=parameters[part][0],
+                tensors=parameters[part][1],
                 **keys,
             )
         )
     return points
 
 
-def _parameters(few: FewLayers) -> dict[str, int]:
-    """Parameters of each part on this rank; a tied embedding counts for the embedding."""
-    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    embedding, layers = count(few.module.embedding), count(few.module.decoder.layers)
+def _parameters(few: FewLayers) -> dict[str, tuple[int, int]]:
+    """(parameters, tensors) of each part on this rank; a tied embedding counts for the embedding."""
+
+    def count(module: torch.nn.Module) -> tuple[int, int]:
+        sizes = [parameter.numel() for parameter in module.parameters()]
+        return sum(sizes), len(sizes)
+
+    whole, embedding, layers = (
+        count(module) for module in (few.module, few.module.embedding, few.module.decoder.layers)
+    )
     return {
         EMBEDDING: embedding,
-        "layer": layers // few.layers,
-        HEAD: count(few.module) - embedding - layers,
+        "layer": (layers[0] // few.layers, layers[1] // few.layers),
+        HEAD: (whole[0] - embedding[0] - layers[0], whole[1] - embedding[1] - layers[1]),
     }
 
 

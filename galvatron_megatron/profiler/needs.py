@@ -45,6 +45,20 @@ class ProfileNeeds:
     """Rising. Sizes between two of these are interpolated."""
     zeros: tuple[int, ...] = (0, 1)
 
+    def settings(self) -> list[tuple[Recompute, int]]:
+        """(recomputation, micro-batch size) pairs to measure.
+
+        What recomputation adds is the forward pass of the same operators, a straight line where the forward
+        pass is one: the smallest, a middle and the largest size are enough.
+        """
+        sizes = self.micro_batch_sizes
+        few = tuple(sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]}))
+        return [
+            (recompute, size)
+            for recompute in self.recomputes
+            for size in (sizes if recompute is Recompute.NONE else few)
+        ]
+
     def layouts(self) -> list[tuple[int, SequenceParallel]]:
         """(tp, sequence parallelism) pairs to measure."""
         return [(1, SequenceParallel.NONE)] * (1 in self.tps) + [

@@ -234,8 +234,7 @@ class _Run:
             for tp, kind in self.needs.layouts():
                 wanted = tuple(
                     (recompute, size)
-                    for recompute in self.needs.recomputes
-                    for size in self.needs.micro_batch_sizes
+                    for recompute, size in self.needs.settings()
                     if (name, tp, kind.value, recompute.value, size) not in have
                 )
                 if wanted:

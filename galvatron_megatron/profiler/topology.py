@@ -168,10 +168,16 @@ def cluster_from_ranks(profile: Profile, *, memory_gb: float | None = None) -> C
         ),
         intra_node=inside,
         inter_node=_link(profile, across_nodes=True) if place.nodes > 1 else inside,
-        # A CPU rank has no driver context beside what it allocates.
-        constants=Constants(context_gib=0.0 if place.backend == "gloo" else 1.0),
+        constants=_constants(profile),
         sources=(f"measured on the live ranks, profile {profile.fingerprint()}",),
     )
+
+
+def _constants(profile: Profile) -> Constants:
+    """What a device allocates beside a plan: nothing on CPU ranks, a driver context and slack on GPUs."""
+    if profile.provenance.backend != "gloo":
+        return Constants()
+    return Constants(context_gib=0.0, memory_slack=0.0, workspace_mib=0.0, kernel_us=0.0)
 
 
 def _link(profile: Profile, *, across_nodes: bool) -> Link:

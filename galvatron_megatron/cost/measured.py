@@ -1,0 +1,295 @@
+"""The measured cost model: prices layers from a profile of the live ranks."""
+
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+
+from galvatron_megatron.cost.analytic import AnalyticCostModel
+from galvatron_megatron.cost.compute import element_bytes
+from galvatron_megatron.cost.measured_points import NOT_MEASURED, CurveTable, PartCost, PartTable, fit_steps
+from galvatron_megatron.cost.memory import parameter_bytes, state_bytes
+from galvatron_megatron.cost.options import RunOptions
+from galvatron_megatron.cost.overlap import exposed_seconds
+from galvatron_megatron.cost.protocol import LayerCost, Setting
+from galvatron_megatron.cost.terms import PricedLayer, Term
+from galvatron_megatron.describe.cluster import Cluster
+from galvatron_megatron.describe.model import Model
+from galvatron_megatron.describe.profile import EMBEDDING, HEAD, Profile
+from galvatron_megatron.describe.profile_key import layer_digest
+from galvatron_megatron.errors import DescriptionError
+from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
+
+UNAVAILABLE_BYTES = 2**49
+"""Transient bytes of a setting that cannot run or was not measured: more than any device has, so that no plan
+with it ever fits, whatever its time."""
+
+
+class MeasuredCostModel:
+    """Prices what a profile has measured; implements the ``CostModel`` protocol.
+
+    A strategy that was not measured (context parallelism, ZeRO above 1), that Megatron refused or that ran out
+    of memory never fits; ``refusals`` tells which ones were asked for and why. Terms are tagged ``measured``,
+    or ``modelled`` where a micro-batch is larger than any measured one.
+
+    Args:
+        model: what to train.
+        cluster: of the live ranks.
+        profile: measured for the model's shape.
+        options: switches of the job; Megatron's defaults where not given.
+
+    Raises:
+        DescriptionError: the profile lacks the optimizer or a device's speeds.
+    """
+
+    def __init__(
+        self, model: Model, cluster: Cluster, profile: Profile, options: RunOptions | None = None
+    ) -> None:
+        if not profile.steps:
+            raise DescriptionError("profile: no optimizer step was measured; valid: a complete profile")
+        self.model = model
+        self.cluster = cluster
+        self.profile = profile
+        self.options = options or RunOptions()
+        self.refusals: dict[str, str] = {}
+        """Setting that cannot be priced -> why."""
+        self._parts = PartTable(profile)
+        self._curves = CurveTable(profile)
+        self._element = parameter_bytes(model.precision, self.options)
+        self._digests = tuple(layer_digest(layer) for layer in model.layers)
+        self._layer = lru_cache(maxsize=None)(self._price_layer)
+        self._ends = lru_cache(maxsize=None)(self._price_end)
+        self._steps = {
+            zero: fit_steps([point for point in profile.steps if point.zero == zero])
+            for zero in {point.zero for point in profile.steps}
+        }
+
+    # The protocol.
+
+    def layer_cost(self, layer: int, strategy: Strategy, setting: Setting) -> LayerCost:
+        """Prices a layer; see :class:`~galvatron_megatron.cost.protocol.CostModel`."""
+        return self.priced_layer(layer, strategy, setting).cost
+
+    def embedding_cost(self, setting: Setting) -> LayerCost:
+        """Prices the embedding in the base layout."""
+        return self.priced_embedding(setting).cost
+
+    def head_cost(self, setting: Setting) -> LayerCost:
+        """Prices final norm, output layer and loss in the base layout."""
+        return self.priced_head(setting).cost
+
+    def reshard_seconds(self, layer: int, before: Strategy, after: Strategy, setting: Setting) -> float:
+        """Time to move one micro-batch's activations between two layouts; modelled from the measured links."""
+        return self._analytic.reshard_seconds(layer, before, after, setting)
+
+    def send_seconds(self, setting: Setting) -> float:
+        """Pipeline send of one micro-batch's activation and of its gradient over one boundary."""
+        if setting.pp == 1:
+            return 0.0
+        base = setting.base
+        spread = base.tp if base.sequence_parallel is not SequenceParallel.NONE else 1
+        tokens = setting.micro_batch_size * self.model.seq_length // (base.cp * spread)
+        message = tokens * self.model.hidden_size * element_bytes(self.model.precision)
+        return 2 * self._curves.seconds("send", message, 2, base.ranks)
+
+    def overhead_bytes(self, setting: Setting, position: int) -> int:
+        """Driver context and communication libraries of a rank."""
+        return self._analytic.overhead_bytes(setting, position)
+
+    def slack_share(self) -> float:
+        """Part of a transient's bytes that is allocator slack."""
+        return self._analytic.slack_share()
+
+    def workspace_bytes(self) -> int:
+        """Library workspaces inside the allocator."""
+        return self._analytic.workspace_bytes()
+
+    def context_bytes(self) -> int:
+        """Driver context and communication libraries, outside the allocator."""
+        return self._analytic.context_bytes()
+
+    # Prices with their terms.
+
+    def priced_layer(self, layer: int, strategy: Strategy, setting: Setting) -> PricedLayer:
+        """Prices a layer term by term."""
+        samples = setting.micro_batch_samples // strategy.dp
+        return self._layer(self._digests[layer], strategy, samples, setting.pp)
+
+    def priced_embedding(self, setting: Setting) -> PricedLayer:
+        """Prices the embedding term by term."""
+        return self._ends(EMBEDDING, setting.base, setting.micro_batch_size, setting.pp)
+
+    def priced_head(self, setting: Setting) -> PricedLayer:
+        """Prices the head term by term."""
+        return self._ends(HEAD, setting.base, setting.micro_batch_size, setting.pp)
+
+    def step_overhead_seconds(self) -> float:
+        """Time per step outside all layers."""
+        return self.profile.step_overhead_seconds
+
+    def flops_per_sample(self) -> float:
+        """Useful operations of one training sample: no recomputation, causal attention counted half."""
+        return self._analytic.flops_per_sample()
+
+    # How prices come about.
+
+    @cached_property
+    def _analytic(self) -> AnalyticCostModel:
+        return AnalyticCostModel(self.model, self.cluster, self.options)
+
+    def _find(self, part: str, strategy: Strategy, recompute: Recompute, samples: int) -> PartCost | str:
+        kind = strategy.sequence_parallel
+        if strategy.cp > 1 or strategy.zero > 1 or kind is SequenceParallel.ULYSSES:
+            return NOT_MEASURED
+        if strategy.zero not in self._steps:
+            return NOT_MEASURED
+        return self._parts.lookup(part, strategy.tp, kind, recompute, samples)
+
+    def _refuse(self, what: str, strategy: Strategy, samples: int, reason: str) -> PricedLayer:
+        self.refusals[f"{what}, {strategy}, {samples} samples"] = reason
+        cost = LayerCost(
+            micro_batch_seconds=0.0,
+            sync_seconds=0.0,
+            state_bytes=0,
+            activation_bytes=0,
+            transient_bytes=UNAVAILABLE_BYTES,
+        )
+        return PricedLayer(
+            cost=cost,
+            forward_seconds=0.0,
+            backward_seconds=0.0,
+            micro_batch_terms=(),
+            sync_terms=(),
+            state_terms=(),
+            activation_terms=(),
+        )
+
+    def _price_layer(self, digest: str, strategy: Strategy, samples: int, pp: int) -> PricedLayer:
+        found = self._find(digest, strategy, strategy.recompute, samples)
+        if isinstance(found, str):
+            return self._refuse(f"layer {digest}", strategy, samples, found)
+        # A rank reduces and updates all its layers at once: each pays its part of what they pay together.
+        together = max(1, len(self._digests) // pp)
+        sync = [
+            Term(name=term.name, value=term.value / together, source=term.source)
+            for term in self._sync(found, strategy, together)
+        ]
+        return self._priced("layer", found, strategy, found.parameters, sync)
+
+    def _price_end(self, part: str, base: Strategy, samples: int, pp: int) -> PricedLayer:
+        found = self._find(part, base, Recompute.NONE, samples)
+        beside = self._find(self._digests[0], base, Recompute.NONE, samples)
+        if isinstance(found, str) or isinstance(beside, str):
+            reason = found if isinstance(found, str) else beside
+            return self._refuse(part, base, samples, reason)
+        parameters, tensors = found.parameters, found.tensors
+        copied = 0
+        if part == HEAD and self.model.tied_embeddings and pp > 1:
+            # The last stage has the word embedding once more, kept equal by an all-reduce of its gradient.
+            copied = self.model.padded_vocab_size(base.tp) // base.weight_shards * self.model.hidden_size
+            parameters, tensors = parameters + copied, tensors + 1
+        layers = max(1, len(self._digests) // pp)
+        sync = self._marginal_sync(beside, layers, parameters, tensors, base)
+        if copied:
+            size = copied * self._element.gradient
+            stride = base.ranks * (pp - 1)
+            seconds = self._curves.seconds("all_reduce", size, 2, stride)
+            sync.append(Term(name="tied embedding gradient", value=seconds, source="measured"))
+        return self._priced(part, found, base, parameters, sync)
+
+    def _priced(
+        self, what: str, found: PartCost, strategy: Strategy, parameters: int, sync: list[Term]
+    ) -> PricedLayer:
+        slack = 1 + self.cluster.constants.memory_slack
+        state = state_bytes(parameters, strategy.zero, strategy.state_replicas, self._element)
+        kept = round(found.activation_bytes * slack)
+        cost = LayerCost(
+            micro_batch_seconds=found.forward_seconds + found.backward_seconds,
+            sync_seconds=sum(term.value for term in sync),
+            state_bytes=state.total,
+            activation_bytes=kept,
+            transient_bytes=round(found.transient_bytes * slack),
+        )
+        return PricedLayer(
+            cost=cost,
+            forward_seconds=found.forward_seconds,
+            backward_seconds=found.backward_seconds,
+            micro_batch_terms=(
+                Term(name=f"{what} forward", value=found.forward_seconds, source=found.source),
+                Term(name=f"{what} backward", value=found.backward_seconds, source=found.source),
+            ),
+            sync_terms=tuple(term for term in sync if term.value),
+            state_terms=(
+                Term(name="weights", value=state.weights),
+                Term(name="gradients", value=state.gradients),
+                Term(name="optimizer states", value=state.optimizer),
+            ),
+            activation_terms=(Term(name=f"{what} activations", value=kept, source=found.source),),
+        )
+
+    def _sync(self, found: PartCost, strategy: Strategy, count: int) -> list[Term]:
+        """Once-per-step terms of ``count`` layers together."""
+        terms = self._sync_of(found.parameters * count, found.tensors * count, strategy)
+        if self.options.overlap_gradients:
+            terms = self._hidden(terms, "gradient reduction", found.backward_seconds * count)
+        if self.options.overlap_parameters:
+            terms = self._hidden(terms, "parameter gathering", found.forward_seconds * count)
+        if strategy.sequence_parallel is SequenceParallel.MEGATRON:
+            size = self._replicated(found.parameters, strategy.tp) * count * self._element.gradient
+            seconds = self._curves.seconds("all_reduce", size, strategy.tp, 1)
+            terms.append(Term(name="replicated gradients over tp", value=seconds, source="measured"))
+        return terms
+
+    def _sync_of(self, parameters: int, tensors: int, strategy: Strategy) -> list[Term]:
+        """Gradient reduction, parameter gathering and optimizer of some parameters of one rank."""
+        replicas, stride = strategy.state_replicas, strategy.weight_shards
+        seconds: Callable[..., float] = self._curves.seconds
+        gradients, weights = parameters * self._element.gradient, parameters * self._element.weight
+        sharded = strategy.zero > 0
+        reduce = seconds("reduce_scatter" if sharded else "all_reduce", gradients, replicas, stride)
+        updated = parameters / replicas if sharded else parameters
+        terms = [
+            Term(name="gradient reduction", value=reduce, source="measured"),
+            Term(
+                name="optimizer",
+                value=self._steps[strategy.zero].seconds(tensors, updated),
+                source="measured",
+            ),
+        ]
+        if sharded:
+            gather = seconds("all_gather", weights, replicas, stride)
+            terms.append(Term(name="parameter gathering", value=gather, source="measured"))
+        return terms
+
+    def _marginal_sync(
+        self, beside: PartCost, layers: int, parameters: int, tensors: int, base: Strategy
+    ) -> list[Term]:
+        """What embedding or head add to the synchronisation of the layers on their stage."""
+        alone = self._sync_of(beside.parameters * layers, beside.tensors * layers, base)
+        both = self._sync_of(beside.parameters * layers + parameters, beside.tensors * layers + tensors, base)
+        return [
+            Term(name=more.name, value=max(0.0, more.value - less.value), source=more.source)
+            for less, more in zip(alone, both, strict=True)
+        ]
+
+    def _hidden(self, terms: list[Term], name: str, behind_seconds: float) -> list[Term]:
+        """The terms with one of them overlapping with computation."""
+        slowdown = self.cluster.constants.overlap_slowdown
+        return [
+            Term(name=name, value=exposed_seconds(term.value, behind_seconds, slowdown), source="modelled")
+            if term.name == name
+            else term
+            for term in terms
+        ]
+
+    def _replicated(self, parameters: int, tp: int) -> int:
+        """Parameters of a layer that every rank of the tp group holds.
+
+        With s split and r replicated ones, P(1) = s + r and P(tp) = s / tp + r.
+        """
+        whole = next((p.parameters for p in self._same_layer(parameters, tp) if p.tp == 1), None)
+        if whole is None:
+            return 0
+        return max(0, round((tp * parameters - whole) / (tp - 1)))
+
+    def _same_layer(self, parameters: int, tp: int) -> list:
+        parts = {p.part for p in self.profile.parts if p.tp == tp and p.parameters == parameters}
+        return [p for p in self.profile.parts if p.part in parts and not p.failure]

@@ -1,0 +1,169 @@
+"""Reads times and bytes off a profile, between its points where it has none."""
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from galvatron_megatron.describe.profile import CollectiveCurve, PartPoint, Profile, StepPoint
+from galvatron_megatron.errors import DescriptionError
+from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
+
+NOT_MEASURED = "not measured"
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class PartCost:
+    """A part of the model under one setting, on one rank and for one micro-batch."""
+
+    forward_seconds: float
+    backward_seconds: float
+    activation_bytes: int
+    transient_bytes: int
+    parameters: int
+    tensors: int
+    source: str
+    """``measured`` where the micro-batch size lies within the measured ones, else ``modelled``."""
+
+
+class PartTable:
+    """The measured parts of a profile by setting and micro-batch size.
+
+    Args:
+        profile: the profile.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        self._points: dict[tuple, list[PartPoint]] = defaultdict(list)
+        self._failures: dict[tuple, list[PartPoint]] = defaultdict(list)
+        for point in profile.parts:
+            group = self._failures if point.failure else self._points
+            group[point.key[:-1]].append(point)
+        for points in (*self._points.values(), *self._failures.values()):
+            points.sort(key=lambda point: point.micro_batch_size)
+
+    def lookup(
+        self, part: str, tp: int, kind: SequenceParallel, recompute: Recompute, micro_batch_size: int
+    ) -> PartCost | str:
+        """Finds or interpolates one setting.
+
+        Between two measured micro-batch sizes every number lies on the line through them; above the largest
+        it goes on along the last line (through the origin where there is one point only).
+
+        Returns:
+            The cost, or the reason why there is none: Megatron's refusal, ``out of memory`` (also for all
+            larger micro-batches) or ``not measured``.
+        """
+        key = (part, tp, kind.value, recompute.value)
+        for failed in self._failures[key]:
+            if micro_batch_size >= failed.micro_batch_size or not self._points[key]:
+                return failed.failure
+        points = self._points[key]
+        if not points:
+            return NOT_MEASURED
+        sizes = [point.micro_batch_size for point in points]
+        last = points[-1]
+        index = min(max(bisect_left(sizes, micro_batch_size), 1), len(points) - 1)
+        before = points[index - 1] if len(points) > 1 else None
+        after = points[index] if before is not None else last
+        start = before.micro_batch_size if before is not None else 0
+        share = (micro_batch_size - start) / (after.micro_batch_size - start)
+
+        def at(name: str) -> float:
+            low = getattr(before, name) if before is not None else 0.0
+            return max(low + share * (getattr(after, name) - low), 0.0)
+
+        inside = sizes[0] <= micro_batch_size <= sizes[-1]
+        return PartCost(
+            forward_seconds=at("forward_seconds"),
+            backward_seconds=at("backward_seconds"),
+            activation_bytes=round(at("activation_bytes")),
+            transient_bytes=round(at("transient_bytes")),
+            parameters=last.parameters,
+            tensors=last.tensors,
+            source="measured" if inside else "modelled",
+        )
+
+
+class CurveTable:
+    """The collective curves of a profile.
+
+    Args:
+        profile: the profile.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        self._curves = profile.collectives
+        self._ranks_per_node = profile.provenance.ranks_per_node
+
+    def _crosses(self, ranks: int, stride: int) -> bool:
+        return (ranks - 1) * stride >= self._ranks_per_node
+
+    def curve(self, collective: str, ranks: int, stride: int) -> CollectiveCurve:
+        """The curve of a group shape; of the nearest stride on the same side of the node where it is missing.
+
+        Raises:
+            DescriptionError: nothing comparable was measured.
+        """
+        same = [
+            curve
+            for curve in self._curves
+            if curve.contention
+            and (curve.collective, curve.ranks) == (collective, ranks)
+            and self._crosses(ranks, curve.stride) == self._crosses(ranks, stride)
+        ]
+        if not same:
+            raise DescriptionError(
+                f"profile: {collective} over {ranks} ranks, {stride} apart, was not measured; "
+                "valid: measure again with galvatron profile --again"
+            )
+        return min(same, key=lambda curve: abs(curve.stride - stride))
+
+    def seconds(self, collective: str, message_bytes: float, ranks: int, stride: int) -> float:
+        """Time of one collective; zero for a group of one and for an empty message."""
+        if ranks == 1 or message_bytes <= 0:
+            return 0.0
+        return self.curve(collective, ranks, stride).seconds(message_bytes)
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class StepLine:
+    """Time of zeroing gradients and of the optimizer as a sum of proportional parts."""
+
+    constant_seconds: float
+    seconds_per_tensor: float
+    seconds_per_update: float
+    """Per parameter that the rank updates."""
+
+    def seconds(self, tensors: float, updated: float) -> float:
+        """Time of a rank's step."""
+        return self.constant_seconds + tensors * self.seconds_per_tensor + updated * self.seconds_per_update
+
+
+def fit_steps(points: Sequence[StepPoint]) -> StepLine:
+    """Fits a line with no negative part through measured optimizer steps, least relative squares.
+
+    Args:
+        points: of one ZeRO stage; at least one.
+
+    Returns:
+        The line. With fewer points than unknowns the parts per parameter and per tensor come first.
+    """
+    design = np.array([[point.updated, point.tensors, 1.0] for point in points], dtype=float)
+    seconds = np.array([max(point.seconds, 1e-9) for point in points])
+    design, target = design / seconds[:, None], np.ones(len(points))
+    best, parts = np.inf, np.zeros(3)
+    # Non-negative least squares over three unknowns: the best of the subsets whose solution is not negative.
+    for count in range(1, min(3, len(points)) + 1):
+        for columns in combinations(range(3), count):
+            solution, *_ = np.linalg.lstsq(design[:, columns], target, rcond=None)
+            error = float(((design[:, columns] @ solution - target) ** 2).sum())
+            if (solution >= 0).all() and error < best * (1 - 1e-9) - 1e-15:
+                best, parts = error, np.zeros(3)
+                parts[list(columns)] = solution
+    return StepLine(
+        seconds_per_update=float(parts[0]), seconds_per_tensor=float(parts[1]), constant_seconds=float(parts[2])
+    )
