@@ -11,8 +11,8 @@ TRAIN = ["torch>=2.6", "megatron-core>=0.17,<0.20", "deepspeed>=0.16"]
 REPORT = ["jinja2>=3.1", "matplotlib>=3.8"]
 DEV = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "scipy>=1.13", "highspy>=1.7"]
 
-# Python runs this line at every start, after the finder of an editable install (whose file name sorts first). It
-# does nothing unless the command line has one of the package's flags.
+# Python runs this line at every start, after the finder of an editable install (whose file name sorts first).
+# It does nothing unless the command line has one of the package's flags.
 HOOK_FILE = "galvatron_megatron_start_up.pth"
 HOOK_LINE = (
     'import sys; any(word.startswith("--galvatron-") for word in getattr(sys, "argv", ())) and '
