@@ -100,7 +100,11 @@ class Constraints:
             for position, layer in enumerate(stage.layers):
                 limit = self.recomputed_layers_per_stage
                 wanted = self.recompute if limit is None or position < limit else Recompute.NONE
-                self._equal("recompute", layer.strategy.recompute, wanted, f"plan layer {index}")
+                found = layer.strategy.recompute
+                if wanted is Recompute.SELECTIVE and not layer.kind.has_attention and found is Recompute.NONE:
+                    # Selective recomputation does nothing to such a layer.
+                    wanted = found
+                self._equal("recompute", found, wanted, f"plan layer {index}")
                 index += 1
 
     @staticmethod

@@ -18,3 +18,8 @@ class LayerKind(StrEnum):
     """A hybrid model's mixture-of-experts layer (``E``)."""
     MAMBA = "mamba"
     """A hybrid model's Mamba layer (``M``)."""
+
+    @property
+    def has_attention(self) -> bool:
+        """True where the layer has a core attention, which selective recomputation drops."""
+        return self in (LayerKind.BLOCK, LayerKind.MOE_BLOCK, LayerKind.ATTENTION)

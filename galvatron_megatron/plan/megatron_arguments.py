@@ -14,7 +14,6 @@ from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
 
 _GPT_KINDS = frozenset({LayerKind.BLOCK, LayerKind.MOE_BLOCK})
-_ATTENDING_KINDS = _GPT_KINDS | {LayerKind.ATTENTION}
 _HYBRID_SYMBOLS = {
     LayerKind.ATTENTION: "*",
     LayerKind.MLP: "-",
@@ -86,9 +85,16 @@ def command_line(
     for dest, value in megatron_arguments(plan, model, sharding_by_runtime=sharding_by_runtime).items():
         if value is None or value is False:
             continue
-        words.append("--" + dest.replace("_", "-"))
-        if value is not True:
-            words += map(str, value if isinstance(value, list) else [value])
+        option = "--" + dest.replace("_", "-")
+        if value is True:
+            words.append(option)
+        elif isinstance(value, list):
+            words += [option, *map(str, value)]
+        elif str(value).startswith("-"):
+            # A hybrid pattern may start with an MLP layer, which argparse would take for an option.
+            words.append(f"{option}={value}")
+        else:
+            words += [option, str(value)]
     return words
 
 
@@ -163,7 +169,7 @@ def _recompute_arguments(plan: Plan, *, strict: bool = False) -> dict[str, objec
     if used == {Recompute.NONE}:
         return arguments
     # A layer without attention has nothing that selective recomputation could drop.
-    attending = {layer.strategy.recompute for layer in plan.layers if layer.kind in _ATTENDING_KINDS}
+    attending = {layer.strategy.recompute for layer in plan.layers if layer.kind.has_attention}
     if Recompute.FULL not in used and attending <= {Recompute.SELECTIVE}:
         return arguments | {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     full = {"recompute_granularity": "full"}

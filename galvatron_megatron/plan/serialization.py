@@ -70,8 +70,10 @@ def plan_from_dict(document: object, where: str = "plan") -> Plan:
         PlanError: names the document, the field, its value and what would be valid.
     """
     # The version is looked at first: another version may well have other keys.
-    version = document.get("schema_version") if isinstance(document, Mapping) else SCHEMA_VERSION
-    if version is not None and (type(version) is not int or version != SCHEMA_VERSION):
+    version = (
+        document.get("schema_version", SCHEMA_VERSION) if isinstance(document, Mapping) else SCHEMA_VERSION
+    )
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise PlanError(f"{where}.schema_version: {version!r} is not readable here; valid: {SCHEMA_VERSION}")
     mapping = check_keys(document, where, required=_REQUIRED, optional=_OPTIONAL)
     stages = mapping["stages"]
