@@ -107,7 +107,7 @@ def arguments_for(
     if layer.kind is LayerKind.MOE_BLOCK:
         made.moe_layer_freq = [1] * layers
     elif layer.kind is LayerKind.BLOCK and getattr(made, "num_experts", None):
-        made.num_experts, made.moe_layer_freq = None, 1
+        made.moe_layer_freq = [0] * layers
     made.padded_vocab_size = model.padded_vocab_size(tp)
     if is_validated(arguments):
         made.data_parallel_size = world_size // tp
