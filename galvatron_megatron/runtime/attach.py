@@ -1,0 +1,209 @@
+"""Attaches a plan to Megatron's training loop.
+
+Megatron has public seams for most of what a plan needs: ``ModuleSpec`` for the layers, process-group
+collections for their groups, subclasses of its DDP and its chained optimizer. Four names have none, because
+Megatron builds these objects from its own imports; they are replaced here and nowhere else, while a plan is
+attached (megatron-core 0.19; ``tests/runtime/test_attach.py`` notices when one of them moves):
+
+* ``GPTModel.__init__`` and ``HybridModel.__init__``: hand the layer specs over in wrapped form;
+* ``DistributedDataParallel`` as ``megatron.training`` imports it (two modules);
+* ``get_megatron_optimizer`` as ``megatron.training.training`` imports it.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.transformer import transformer_block
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
+from megatron.core.utils import get_pg_rank
+from megatron.training import training
+from megatron.training.models import dist_utils
+
+from galvatron_megatron.errors import UnsupportedPlanError
+from galvatron_megatron.plan.plan import Plan
+from galvatron_megatron.runtime.context import RuntimeContext
+from galvatron_megatron.runtime.data_parallel import PlannedDataParallel
+from galvatron_megatron.runtime.layers import planned_spec
+from galvatron_megatron.runtime.norms import allow_sequence_parallel
+from galvatron_megatron.runtime.observe import LayerObserver
+from galvatron_megatron.runtime.optimizer import PlannedOptimizer, build_optimizer
+from galvatron_megatron.runtime.support import check_supported
+
+HOOKED: tuple[tuple[Any, str], ...] = (
+    (GPTModel, "__init__"),
+    (HybridModel, "__init__"),
+    (dist_utils, "DistributedDataParallel"),
+    (training, "DDP"),
+    (training, "get_megatron_optimizer"),
+)
+"""Every attribute of Megatron that is replaced while a plan is attached."""
+
+_attached: "Attachment | None" = None
+
+
+class Attachment:
+    """A plan attached to this process's Megatron."""
+
+    def __init__(self, plan: Plan, args: Any) -> None:
+        """Replaces the hooked names.
+
+        Args:
+            plan: the plan.
+            args: Megatron's arguments.
+        """
+        self.plan = plan
+        self._args = args
+        self._context: RuntimeContext | None = None
+        self._originals = [(owner, name, getattr(owner, name)) for owner, name in HOOKED]
+        replacements = (
+            self._hook_gpt(GPTModel.__init__),
+            self._hook_hybrid(HybridModel.__init__),
+            self._data_parallel_class(),
+            self._data_parallel_class(),
+            self._build_optimizer,
+        )
+        for (owner, name), replacement in zip(HOOKED, replacements, strict=True):
+            setattr(owner, name, replacement)
+
+    @property
+    def context(self) -> RuntimeContext:
+        """The plan on this rank; its groups are created at first use, by all ranks together."""
+        if self._context is None:
+            self._context = RuntimeContext.create(self.plan, self._args, observer=_observer(self._args))
+        return self._context
+
+    def detach(self) -> None:
+        """Puts Megatron back as it was and destroys the plan's groups."""
+        for owner, name, original in self._originals:
+            setattr(owner, name, original)
+        if self._context is not None:
+            self._context.destroy()
+            self._context = None
+
+    def _hook_gpt(self, original: Callable[..., None]) -> Callable[..., None]:
+        @wraps(original)
+        def build(model: Any, config: Any, transformer_layer_spec: Any, *args: Any, **kwargs: Any) -> None:
+            groups = kwargs.get("pg_collection") or self.context.groups
+            specs = _gpt_layers(config, transformer_layer_spec, kwargs.get("vp_stage"), groups)
+            offset = get_transformer_layer_offset(config, kwargs.get("vp_stage"), get_pg_rank(groups.pp))
+            planned = TransformerBlockSubmodules(
+                layer_specs=[
+                    planned_spec(spec, self.context, offset + index)
+                    for index, spec in enumerate(specs.layer_specs)
+                ],
+                layer_norm=allow_sequence_parallel(specs.layer_norm),
+            )
+            original(model, _without_named_reductions(config), planned, *args, **kwargs)
+
+        return build
+
+    def _hook_hybrid(self, original: Callable[..., None]) -> Callable[..., None]:
+        @wraps(original)
+        def build(model: Any, config: Any, hybrid_stack_spec: ModuleSpec, *args: Any, **kwargs: Any) -> None:
+            layers = hybrid_stack_spec.submodules
+            planned = {
+                name: planned_spec(getattr(layers, name), self.context)
+                for name in ("attention_layer", "mlp_layer")
+                if isinstance(getattr(layers, name), ModuleSpec)
+            }
+            spec = ModuleSpec(
+                module=hybrid_stack_spec.module,
+                params=hybrid_stack_spec.params,
+                submodules=dataclasses.replace(layers, **planned),
+            )
+            original(model, _without_named_reductions(config), spec, *args, **kwargs)
+
+        return build
+
+    def _data_parallel_class(self) -> type[PlannedDataParallel]:
+        attachment = self
+
+        class AttachedDataParallel(PlannedDataParallel):
+            """Megatron's DDP for the attached plan."""
+
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, runtime=attachment.context, **kwargs)
+
+        return AttachedDataParallel
+
+    def _build_optimizer(
+        self, config: Any, model_chunks: list[Any], config_overrides: Any = None, **options: Any
+    ) -> PlannedOptimizer:
+        """Stands in for ``get_megatron_optimizer``."""
+        return build_optimizer(config, model_chunks, config_overrides, self.context)
+
+
+def install(plan: Plan, args: Any) -> None:
+    """Makes Megatron run a plan; called on every rank before Megatron builds the model.
+
+    A plan in which all layers run alike in the base layout needs nothing: Megatron's arguments say it all, and
+    Megatron's own code runs it.
+
+    Args:
+        plan: the plan.
+        args: Megatron's arguments, set to the plan's base layout and schedule.
+
+    Raises:
+        UnsupportedPlanError: the runtime cannot execute the plan.
+    """
+    global _attached
+    if _attached is not None:
+        raise UnsupportedPlanError("a plan is attached already; valid: one plan per job")
+    check_supported(plan, args)
+    if plan.is_uniform:
+        return
+    _attached = Attachment(plan, args)
+
+
+def attached() -> Attachment | None:
+    """What is attached to this process, or None."""
+    return _attached
+
+
+def uninstall() -> None:
+    """Puts Megatron back as it was; does nothing where no plan is attached."""
+    global _attached
+    if _attached is not None:
+        _attached.detach()
+        _attached = None
+
+
+def _gpt_layers(config: Any, spec: Any, vp_stage: int | None, groups: Any) -> TransformerBlockSubmodules:
+    """The layer specs of a GPT chunk, however Megatron's builder gave them."""
+    if isinstance(spec, TransformerBlockSubmodules):
+        return spec
+    if isinstance(spec, ModuleSpec) and issubclass(spec.module, BaseTransformerLayer):
+        count = get_num_layers_to_build(config, vp_stage, get_pg_rank(groups.pp))
+        return TransformerBlockSubmodules(
+            layer_specs=[spec] * count, layer_norm=transformer_block.LayerNormImpl
+        )
+    raise UnsupportedPlanError(f"layer spec {spec!r}: valid: the spec of a transformer layer or of a block")
+
+
+def _without_named_reductions(config: Any) -> Any:
+    """The model's config without what makes Megatron sum gradients of planned layers by their names.
+
+    ``finalize_model_grads`` sums everything called q_layernorm or k_layernorm over the base tp group if the
+    config says ``qk_layernorm``. Layers take these norms from their specs; the facade sums their gradients.
+    """
+    own = copy.copy(config)
+    own.planned_qk_layernorm, own.qk_layernorm = config.qk_layernorm, False
+    return own
+
+
+def _observer(args: Any) -> LayerObserver | None:
+    """The observer asked for by ``--galvatron-observe DIRECTORY``."""
+    directory = getattr(args, "galvatron_observe", None)
+    if not directory:
+        return None
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    return LayerObserver(path=folder / f"layers-rank{args.rank}.jsonl")

@@ -1,0 +1,178 @@
+"""What a rank knows while it runs a plan: its place, its groups and how each layer runs."""
+
+import copy
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from galvatron_megatron.plan.layer_kind import LayerKind
+from galvatron_megatron.plan.plan import Plan
+from galvatron_megatron.plan.strategy import Strategy
+from galvatron_megatron.runtime.groups import (
+    GroupRegistry,
+    block_sets,
+    planned_sets,
+    replica_group,
+    replica_sets,
+    tensor_group,
+    tensor_sets,
+)
+from galvatron_megatron.runtime.layout import Layout, block_ranks
+from galvatron_megatron.runtime.observe import LayerObserver
+from galvatron_megatron.runtime.random_streams import RandomStreams
+from galvatron_megatron.runtime.resharding import Resharder, TrafficCounter
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class StateClass:
+    """Parameters whose gradients and optimizer states are kept alike: one DDP and one optimizer each."""
+
+    weight_shards: int
+    """In how many parts tensor parallelism splits the weights of a stage."""
+    zero: int
+    """ZeRO stage of gradients and optimizer states."""
+
+    @classmethod
+    def of(cls, strategy: Strategy) -> "StateClass":
+        """The class of a layer's parameters."""
+        return cls(weight_shards=strategy.weight_shards, zero=strategy.zero)
+
+
+@dataclass(kw_only=True, frozen=True)
+class LayerContext:
+    """How one layer of this rank's stage runs."""
+
+    index: int
+    """Of the layer in the model, from 0."""
+    kind: LayerKind
+    strategy: Strategy
+    layout: Layout
+    base: Layout
+    reshard_input: Resharder
+    """From the layout in which the layer in front (or the base layout) leaves the activations."""
+    reshard_output: Resharder
+    """To the base layout behind the last layer of a virtual stage; nothing to do elsewhere."""
+    groups: ProcessGroupCollection
+    """Megatron's collection with this layer's own tensor- and data-parallel groups."""
+    sequence_group: dist.ProcessGroup
+    """Ranks that split the sequence or the weights: the tp group, or under Ulysses its sequence group."""
+    rank: int
+    """Of this process inside its stage."""
+    streams: RandomStreams
+    observer: LayerObserver | None
+
+
+@dataclass(kw_only=True)
+class RuntimeContext:
+    """A plan on this rank."""
+
+    plan: Plan
+    registry: GroupRegistry
+    groups: ProcessGroupCollection
+    """Megatron's own groups: the base layout."""
+    rank: int
+    """Of this process inside its stage."""
+    streams: RandomStreams
+    traffic: TrafficCounter = field(default_factory=TrafficCounter)
+    observer: LayerObserver | None = None
+    _resharders: dict[tuple[Layout, Layout], Resharder] = field(default_factory=dict)
+    _collections: dict[int, ProcessGroupCollection] = field(default_factory=dict)
+
+    @classmethod
+    def create(cls, plan: Plan, args: Any, *, observer: LayerObserver | None = None) -> "RuntimeContext":
+        """Creates every group of the plan; all ranks call this together, after Megatron created its groups.
+
+        Args:
+            plan: the plan.
+            args: Megatron's arguments.
+            observer: measures layers; None to measure nothing.
+        """
+        stage_ranks, world_size = plan.base.ranks, plan.world_size
+        if dist.get_world_size() != world_size:
+            raise RuntimeError(f"the plan needs {world_size} ranks; this job has {dist.get_world_size()}")
+        megatron = ProcessGroupCollection.use_mpu_process_groups()
+        minutes = getattr(args, "distributed_timeout_minutes", None)
+        registry = GroupRegistry(timeout=timedelta(minutes=minutes) if minutes else None)
+        registry.adopt(tensor_sets(plan.base.tp, stage_ranks, world_size), megatron.tp)
+        registry.adopt(replica_sets(plan.base.tp, stage_ranks, world_size), megatron.dp_cp)
+        registry.adopt(replica_sets(stage_ranks, world_size, world_size), megatron.pp)
+        registry.create(planned_sets(plan))
+        rank = dist.get_rank() % stage_ranks
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        streams = RandomStreams(seed=args.seed + 100 * stage, rank=rank, base=Layout.of(plan.base))
+        return cls(plan=plan, registry=registry, groups=megatron, rank=rank, streams=streams, observer=observer)
+
+    def layer(self, index: int) -> LayerContext:
+        """How layer ``index`` of the model runs on this rank.
+
+        Args:
+            index: of the layer, from 0, embedding and head not counted.
+        """
+        before, layer, is_last = self._position(index)
+        base = Layout.of(self.plan.base)
+        layout = Layout.of(layer.strategy)
+        return LayerContext(
+            index=index,
+            kind=layer.kind,
+            strategy=layer.strategy,
+            layout=layout,
+            base=base,
+            reshard_input=self.resharder(before, layout),
+            reshard_output=self.resharder(layout, base if is_last else layout),
+            groups=self.collection(StateClass.of(layer.strategy)),
+            sequence_group=tensor_group(self.registry, layer.strategy.tp, self.plan),
+            rank=self.rank,
+            streams=self.streams,
+            observer=self.observer,
+        )
+
+    def _position(self, index: int) -> tuple[Layout, Any, bool]:
+        """Layout in front of a layer, its plan, and whether it is the last of its virtual stage."""
+        first = 0
+        for stage in self.plan.stages:
+            inside = index - first
+            if inside < len(stage.layers):
+                before = stage.layers[inside - 1].strategy if inside else self.plan.base
+                return Layout.of(before), stage.layers[inside], inside == len(stage.layers) - 1
+            first += len(stage.layers)
+        raise IndexError(f"layer {index} is not among the {first} layers of the plan")
+
+    def resharder(self, source: Layout, target: Layout) -> Resharder:
+        """Moves activations from one layout to another inside this rank's stage."""
+        key = (source, target)
+        if key not in self._resharders:
+            group = None
+            if source != target and len(block_ranks(source, target, self.rank)) > 1:
+                group = self.registry.of(block_sets(source, target, self.plan.world_size))
+            self._resharders[key] = Resharder(
+                source=source, target=target, rank=self.rank, group=group, counter=self.traffic
+            )
+        return self._resharders[key]
+
+    def collection(self, state_class: StateClass) -> ProcessGroupCollection:
+        """Megatron's groups with those of a class of parameters in place of the base layout's."""
+        shards = state_class.weight_shards
+        if shards not in self._collections:
+            groups = copy.copy(self.groups)
+            groups.tp = tensor_group(self.registry, shards, self.plan)
+            replicas = replica_group(
+                self.registry, Strategy(tp=shards, dp=self.plan.base.ranks // shards), self.plan
+            )
+            groups.dp = groups.dp_cp = groups.dp_cp_gtp_remat = groups.intra_dp_cp = replicas
+            groups.intra_dist_opt = dist.group.WORLD
+            self._collections[shards] = groups
+        return self._collections[shards]
+
+    @property
+    def state_classes(self) -> tuple[StateClass, ...]:
+        """The classes of all parameters of the model, the base's first; the same on every rank."""
+        strategies = (self.plan.base, *self.plan.strategies)
+        return tuple(dict.fromkeys(StateClass.of(strategy) for strategy in strategies))
+
+    def destroy(self) -> None:
+        """Destroys the groups created for the plan."""
+        self.registry.destroy()

@@ -1,0 +1,144 @@
+"""What the runtime can execute; everything else is refused before the model is built."""
+
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from galvatron_megatron.errors import UnsupportedPlanError
+from galvatron_megatron.plan.layer_kind import LayerKind
+from galvatron_megatron.plan.plan import Plan
+from galvatron_megatron.plan.strategy import SequenceParallel
+
+SUPPORTED_MEGATRON = ("0.19",)
+"""Release series of megatron-core whose seams the hooks were tested with."""
+
+RUNNABLE_KINDS = (LayerKind.BLOCK, LayerKind.ATTENTION, LayerKind.MLP)
+
+_REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
+    ("context_parallel_size", lambda v: v > 1, "context parallelism", "--context-parallel-size 1"),
+    ("expert_model_parallel_size", lambda v: v > 1, "expert parallelism", "--expert-model-parallel-size 1"),
+    ("num_experts", bool, "mixture-of-experts layers", "a plan in which all layers run alike"),
+    ("mtp_num_layers", bool, "multi-token prediction", "no --mtp-num-layers"),
+    ("multi_latent_attention", bool, "multi-latent attention", "a plan in which all layers run alike"),
+    ("reset_attention_mask", bool, "a mask per sample", "no --reset-attention-mask"),
+    ("sft", bool, "packed sequences", "no --sft"),
+    ("dataloader_inter_document_masking", bool, "packed sequences", "no inter-document masking"),
+    ("cuda_graph_impl", lambda v: v not in (None, "none"), "CUDA graphs", "--cuda-graph-impl none"),
+    ("enable_cuda_graph", bool, "CUDA graphs", "no --enable-cuda-graph"),
+    ("fp8", bool, "FP8", "--bf16"),
+    ("fp4", bool, "FP4", "--bf16"),
+    ("use_torch_fsdp2", bool, "torch FSDP", "no --use-torch-fsdp2"),
+    ("use_megatron_fsdp", bool, "Megatron-FSDP", "no --use-megatron-fsdp"),
+    ("use_layer_wise_distributed_optimizer", bool, "layer-wise optimizers", "--optimizer adam"),
+    ("optimizer", lambda v: v not in ("adam", "sgd"), "this optimizer", "--optimizer adam"),
+    ("optimizer_cpu_offload", bool, "optimizer offloading", "no --optimizer-cpu-offload"),
+    ("use_precision_aware_optimizer", bool, "the precision-aware optimizer", "leave it out"),
+    ("cpu_offloading", bool, "activation offloading", "no --cpu-offloading"),
+    ("fine_grained_activation_offloading", bool, "activation offloading", "leave it out"),
+    ("tp_comm_overlap", bool, "tensor-parallel overlap by user buffers", "no --tp-comm-overlap"),
+    ("overlap_param_gather_with_optimizer_step", bool, "overlap with the optimizer step", "leave it out"),
+    ("num_distributed_optimizer_instances", lambda v: v > 1, "several optimizer instances", "1 instance"),
+    ("ddp_average_in_collective", bool, "averaging in collectives", "no --ddp-average-in-collective"),
+    ("use_tp_pp_dp_mapping", bool, "ranks in tp-pp-dp order", "no --use-tp-pp-dp-mapping"),
+    ("gtp_weight_remat_size", lambda v: v > 1, "weight rematerialisation groups", "1"),
+    ("log_params_norm", bool, "logging the parameter norm", "no --log-params-norm"),
+    ("check_weight_hash_across_dp_replicas_interval", bool, "checking weight hashes", "leave it out"),
+    ("dump_param_to_param_group_map", bool, "dumping parameter groups", "leave it out"),
+    ("init_model_with_meta_device", bool, "initialisation on the meta device", "leave it out"),
+    ("recompute_granularity", bool, "recomputation for all layers", "recompute in the plan's strategies"),
+    ("heterogeneous_layers_config_path", bool, "heterogeneous layer configs", "leave it out"),
+    ("experimental_attention_variant", bool, "experimental attention", "leave it out"),
+    ("window_size", bool, "sliding-window attention", "leave it out"),
+    ("perform_rl_step", bool, "reinforcement learning", "leave it out"),
+    ("moe_use_upcycling", bool, "upcycling", "leave it out"),
+    ("qk_clip", bool, "query-key clipping", "leave it out"),
+    ("save_wgrads_interval", bool, "saving gradients", "leave it out"),
+)
+"""Argument, when it is in the way, what it stands for, and what to give instead."""
+
+
+def check_supported(plan: Plan, args: Any) -> None:
+    """Refuses what the runtime cannot execute exactly.
+
+    Args:
+        plan: the plan to run.
+        args: Megatron's arguments.
+
+    Raises:
+        UnsupportedPlanError: with what is in the way, why, and what to change.
+    """
+    if plan.is_uniform:
+        return
+    release = version("megatron-core")
+    if not any(release.startswith(f"{series}.") for series in SUPPORTED_MEGATRON):
+        raise UnsupportedPlanError(
+            f"megatron-core {release}: layers that differ run on {', '.join(SUPPORTED_MEGATRON)} only; "
+            "valid: such a release, or a plan in which all layers run alike"
+        )
+    _check_arguments(args)
+    _check_base(plan, args)
+    for index, layer in enumerate(plan.layers):
+        if layer.kind not in RUNNABLE_KINDS:
+            raise UnsupportedPlanError(
+                f"plan layer {index}: layers of kind {layer.kind.value} run only where all layers run alike; "
+                f"valid here: {', '.join(kind.value for kind in RUNNABLE_KINDS)}"
+            )
+        _check_layer(index, plan, args)
+
+
+def _check_arguments(args: Any) -> None:
+    for name, in_the_way, meaning, instead in _REFUSED:
+        value = getattr(args, name, None)
+        if value is not None and in_the_way(value):
+            raise UnsupportedPlanError(
+                f"--{name.replace('_', '-')} ({value}): {meaning} cannot be combined with layers that differ; "
+                f"valid: {instead}"
+            )
+
+
+def _check_base(plan: Plan, args: Any) -> None:
+    """The base layout and the schedule are what Megatron's arguments say."""
+    expected = {
+        "tensor_model_parallel_size": plan.base.tp,
+        "pipeline_model_parallel_size": plan.pp,
+        "micro_batch_size": plan.micro_batch_size,
+        "global_batch_size": plan.global_batch_size,
+        "sequence_parallel": plan.base.sequence_parallel is SequenceParallel.MEGATRON,
+        "use_distributed_optimizer": plan.base.zero > 0,
+    }
+    if plan.base.sequence_parallel is SequenceParallel.ULYSSES:
+        raise UnsupportedPlanError("plan.base.sequence_parallel: ulysses; valid for the base: none, megatron")
+    if plan.base.zero > 1:
+        raise UnsupportedPlanError(f"plan.base.zero: {plan.base.zero}; valid where layers differ: 0, 1")
+    for name, value in expected.items():
+        actual = getattr(args, name)
+        if actual != value:
+            raise UnsupportedPlanError(
+                f"--{name.replace('_', '-')}: {actual}, but the plan says {value}; valid: the plan's value"
+            )
+    layers = getattr(args, "num_layers", None)
+    if layers is not None and layers != len(plan.layers):
+        raise UnsupportedPlanError(f"plan: {len(plan.layers)} layers; valid: {layers}, as --num-layers says")
+
+
+def _check_layer(index: int, plan: Plan, args: Any) -> None:
+    strategy = plan.layers[index].strategy
+    where = f"plan layer {index}"
+    if strategy.zero > 1:
+        raise UnsupportedPlanError(f"{where}: zero {strategy.zero}; valid where layers differ: 0, 1")
+    if strategy.cp > 1:
+        raise UnsupportedPlanError(f"{where}: cp {strategy.cp}; valid where layers differ: 1")
+    heads = args.num_attention_heads
+    groups = args.num_query_groups if getattr(args, "group_query_attention", False) else heads
+    if heads % strategy.tp:
+        raise UnsupportedPlanError(f"{where}: tp {strategy.tp} does not divide the {heads} attention heads")
+    if groups % strategy.tp and strategy.tp % groups:
+        raise UnsupportedPlanError(
+            f"{where}: tp {strategy.tp} and the {groups} query groups; valid: one divides the other"
+        )
+    if args.ffn_hidden_size % strategy.weight_shards:
+        raise UnsupportedPlanError(
+            f"{where}: tp {strategy.tp} does not divide --ffn-hidden-size {args.ffn_hidden_size}"
+        )
+    if strategy.sequence_parallel is not SequenceParallel.NONE and args.seq_length % strategy.tp:
+        raise UnsupportedPlanError(f"{where}: tp {strategy.tp} does not divide --seq-length {args.seq_length}")

@@ -1,0 +1,350 @@
+"""One rank of a training job: runs case after case through Megatron's own ``pretrain()``.
+
+Started by ``test_runtime_*.py`` on several CPU ranks at once; reads cases from a JSON file and writes what it
+saw. A case is a plan, model arguments and options; every case starts from the same weights, which depend on
+nothing but the name of the parameter in a distributed checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from galvatron_megatron.integration import cpu_device
+
+cpu_device.install()
+
+import torch.distributed as dist  # noqa: E402
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import (  # noqa: E402
+    ShardedTensor,
+    apply_factories,
+)
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.utils import unwrap_model  # noqa: E402
+from megatron.training import pretrain, set_startup_timestamps, training  # noqa: E402
+from megatron.training.argument_utils import (  # noqa: E402
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
+from megatron.training.arguments import parse_args, validate_args  # noqa: E402
+from megatron.training.global_vars import set_global_variables  # noqa: E402
+
+from galvatron_megatron.plan.layer_kind import LayerKind  # noqa: E402
+from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan  # noqa: E402
+from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy  # noqa: E402
+from galvatron_megatron.runtime import attach  # noqa: E402
+
+SEQUENCE = 16
+VOCABULARY = 64
+STEPS = 10
+
+
+def strategy_of(words: str, ranks: int) -> Strategy:
+    """A strategy from words such as ``"tp2+megatron zero1 recompute-full"``; dp fills the stage."""
+    values = {}
+    for word in words.split():
+        if word.startswith("tp"):
+            degree, _, parallel = word[2:].partition("+")
+            values["tp"] = int(degree)
+            if parallel:
+                values["sequence_parallel"] = SequenceParallel(parallel)
+        elif word.startswith("zero"):
+            values["zero"] = int(word[4:])
+        elif word.startswith("recompute-"):
+            values["recompute"] = Recompute(word.removeprefix("recompute-"))
+        else:
+            raise ValueError(word)
+    return Strategy(dp=ranks // values.get("tp", 1), **values)
+
+
+def plan_of(case: dict, world_size: int) -> Plan:
+    """The plan of a case: ``base``, ``stages`` (lists of strategies in words), ``pp``, ``virtual``, ..."""
+    pp = case.get("pp", 1)
+    ranks = world_size // pp
+    pattern = case.get("pattern")
+    kinds = iter(
+        [LayerKind.ATTENTION if letter == "*" else LayerKind.MLP for letter in pattern.replace("|", "")]
+        if pattern
+        else [LayerKind.BLOCK] * sum(map(len, case["stages"]))
+    )
+    base = strategy_of(case["base"], ranks)
+    micro = case.get("micro_batch", 8 // base.dp // case.get("micro_batches", 2))
+    return Plan(
+        pp=pp,
+        virtual_stages=case.get("virtual", 1),
+        micro_batch_size=micro,
+        micro_batches=8 // base.dp // micro,
+        base=base,
+        stages=tuple(
+            StagePlan(layers=tuple(LayerPlan(kind=next(kinds), strategy=strategy_of(w, ranks)) for w in words))
+            for words in case["stages"]
+        ),
+    )
+
+
+def arguments(case: dict, plan: Plan) -> list[str]:
+    """Megatron's command line of a case."""
+    model = {
+        "num-layers": len(plan.layers),
+        "hidden-size": 32,
+        "num-attention-heads": 4,
+        "ffn-hidden-size": 64,
+        "seq-length": SEQUENCE,
+        "max-position-embeddings": SEQUENCE,
+        "make-vocab-size-divisible-by": 8,
+        "vocab-size": VOCABULARY,
+        "tokenizer-type": "NullTokenizer",
+        "micro-batch-size": plan.micro_batch_size,
+        "global-batch-size": plan.global_batch_size,
+        "tensor-model-parallel-size": plan.base.tp,
+        "pipeline-model-parallel-size": plan.pp,
+        "train-iters": STEPS,
+        "lr": 3e-3,
+        "lr-decay-style": "constant",
+        "lr-warmup-iters": 0,
+        "weight-decay": 0.01,
+        "clip-grad": 1.0,
+        "seed": 1234,
+        "eval-iters": 0,
+        "eval-interval": 1000,
+        "log-interval": 1,
+        "hidden-dropout": 0.0,
+        "attention-dropout": 0.0,
+        "init-method-std": 0.1,
+        "distributed-backend": "gloo",
+        "transformer-impl": "local",
+        "num-workers": 0,
+    }
+    flags = {"log-num-zeros-in-grad", "no-check-for-nan-in-loss-and-grad", "mock-data"}
+    if plan.base.sequence_parallel is SequenceParallel.MEGATRON:
+        flags.add("sequence-parallel")
+    if plan.base.zero:
+        flags.add("use-distributed-optimizer")
+    pattern = case.get("pattern")
+    if pattern:
+        del model["num-layers"]
+        model["hybrid-layer-pattern"] = pattern
+    elif plan.pp > 1:
+        parts = ["t" * len(stage.layers) for stage in plan.stages]
+        parts[0], parts[-1] = "E" + parts[0], parts[-1] + "L"
+        model["pipeline-model-parallel-layout"] = "|".join(parts)
+    for name, value in case.get("arguments", {}).items():
+        if value is True:
+            flags.add(name)
+        elif value is None:
+            model.pop(name, None)
+        else:
+            model[name] = value
+    words = [word for name, value in model.items() for word in (f"--{name}", str(value))]
+    return words + [f"--{flag}" for flag in sorted(flags)]
+
+
+class Tokens(torch.utils.data.Dataset):
+    """Sequences in which the next token mostly follows from the last: something to learn."""
+
+    def __len__(self) -> int:
+        return 10_000
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = np.random.default_rng(index)
+        tokens = [int(generator.integers(VOCABULARY - 4))]
+        for noise in generator.random(SEQUENCE):
+            step = 7 * tokens[-1] + 3 if noise < 0.8 else int(noise * 1000)
+            tokens.append(step % (VOCABULARY - 4))
+        row = torch.tensor(tokens)
+        mask = torch.ones(SEQUENCE)
+        mask[: index % 3] = 0.0
+        return {
+            "tokens": row[:-1],
+            "labels": row[1:],
+            "loss_mask": mask,
+            "position_ids": torch.arange(SEQUENCE),
+            "attention_mask": torch.ones(1, SEQUENCE, SEQUENCE).tril().lt(0.5),
+        }
+
+
+def datasets(_samples):
+    return Tokens(), None, None
+
+
+datasets.is_distributed = True
+
+
+def forward_step(data_iterator, model):
+    batch = next(data_iterator)
+    output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
+
+    def loss(losses):
+        mask = batch["loss_mask"].view(-1).float()
+        total = torch.sum(losses.view(-1).float() * mask)
+        # The same number of tokens on every rank and micro-batch: the mean of means is the mean.
+        tokens = torch.tensor(float(mask.numel()))
+        report = torch.stack([total.detach(), tokens])
+        return total / 1, tokens.to(torch.int), {"lm loss": report}
+
+    return output, loss
+
+
+def full_value(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The weight of that name in every case, whatever the vocabulary is padded to."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4])
+    rows = (max(shape[0], 256), *shape[1:]) if "embedding" in key or "output_layer" in key else shape
+    values = np.random.default_rng(seed).standard_normal(rows)[: shape[0]]
+    if "norm" in key and key.endswith("weight"):
+        return torch.from_numpy(1 + 0.1 * values)
+    return torch.from_numpy(0.15 * values)
+
+
+def shards(models) -> list[ShardedTensor]:
+    found = []
+    for model in unwrap_model(models):
+        state = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+        apply_factories(state)
+        found += [v for v in nested_values(state) if isinstance(v, ShardedTensor)]
+    return found
+
+
+def local_slice(full: torch.Tensor, shard: ShardedTensor) -> torch.Tensor:
+    index = tuple(slice(o, o + n) for o, n in zip(shard.global_offset, shard.data.shape, strict=True))
+    return full[index]
+
+
+def set_weights(models, optimizer) -> None:
+    with torch.no_grad():
+        for shard in shards(models):
+            part = local_slice(full_value(shard.key, shard.global_shape), shard)
+            shard.data.copy_(part.to(shard.data.dtype).view_as(shard.data))
+    if optimizer is not None:
+        optimizer.reload_model_params()
+
+
+def copies_differ(models) -> float:
+    """Largest difference between what ranks hold of the same piece of a weight (0 is right)."""
+    mine = {(s.key, tuple(s.global_offset)): s.data.detach().float().numpy().copy() for s in shards(models)}
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    first, worst = {}, 0.0
+    for owned in gathered:
+        for key, value in owned.items():
+            reference = first.setdefault(key, value)
+            worst = max(worst, float(np.abs(reference - value).max(initial=0.0)))
+    return worst
+
+
+def gather_weights(models) -> dict[str, np.ndarray]:
+    """Whole weights on rank 0, in fp32."""
+    mine = [
+        (s.key, tuple(s.global_shape), tuple(s.global_offset), s.data.detach().float().numpy().copy())
+        for s in shards(models)
+    ]
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    whole = {}
+    for key, shape, offset, value in (entry for owned in gathered for entry in owned):
+        full = whole.setdefault(key, np.full(shape, np.nan, dtype=np.float32))
+        full[tuple(slice(o, o + n) for o, n in zip(offset, value.shape, strict=True))] = value
+    return whole
+
+
+def run_case(case: dict, mutations: dict) -> dict:
+    """Trains one case and returns losses, gradient norms, zero counts and the final weights."""
+    world_size = dist.get_world_size()
+    plan = plan_of(case, world_size)
+    seen = {"losses": [], "norms": [], "zeros": [], "skipped": []}
+    sys.argv = ["job", *arguments(case, plan)]
+    args = parse_args()
+    cpu_device.configure(args)
+    validate_args(args, {})
+    for name, value in case.get("late_arguments", {}).items():
+        setattr(args, name, value)
+    set_global_variables(args)
+    mutation = mutations[case["mutation"]]() if case.get("mutation") else None
+    real_step, real_setup, real_save = (
+        training.train_step,
+        training.setup_model_and_optimizer,
+        training.save_checkpoint,
+    )
+    models = []
+
+    def setup(*arguments_, **options):
+        model, optimizer, scheduler = real_setup(*arguments_, **options)
+        if args.iteration == 0 and not case.get("keep_weights"):
+            set_weights(model, optimizer)
+        models.extend(model)
+        return model, optimizer, scheduler
+
+    def step(*arguments_, **options):
+        result = real_step(*arguments_, **options)
+        if result[0]:
+            seen["losses"].append(float(result[0]["lm loss"]))
+        seen["skipped"].append(int(result[1]))
+        seen["norms"].append(None if result[5] is None else float(result[5]))
+        seen["zeros"].append(None if result[6] is None else float(result[6]))
+        return result
+
+    training.train_step, training.setup_model_and_optimizer = step, setup
+    try:
+        attach.install(plan, args)
+        config = hybrid_config_from_args(args) if case.get("pattern") else gpt_config_from_args(args)
+        pretrain(
+            pretrain_cfg_container_from_args(args, config),
+            datasets,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
+        attachment = attach.attached()
+        seen["planned"] = attachment is not None
+        if attachment is not None:
+            seen["created"] = [list(ranks) for ranks in attachment.context.registry.created]
+            seen["received_bytes"] = attachment.context.traffic.received_bytes
+        seen["weights"] = gather_weights(models)
+        seen["copies_differ"] = copies_differ(models)
+        losses = [None] * world_size
+        dist.all_gather_object(losses, seen["losses"])
+        seen["losses"] = next((values for values in losses if values), [])
+    finally:
+        training.train_step, training.setup_model_and_optimizer = real_step, real_setup
+        training.save_checkpoint = real_save
+        if mutation is not None:
+            mutation()
+        attach.uninstall()
+        training.destroy_global_state()
+    return seen
+
+
+def main() -> None:
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    out = Path(sys.argv[2])
+    set_startup_timestamps(program_start=time.time(), main_entry=time.time())
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    torch.set_num_threads(1)
+    from runtime_mutations import MUTATIONS
+
+    for case in cases:
+        begin = time.time()
+        try:
+            seen = run_case(case, MUTATIONS)
+        except Exception as error:
+            (out / f"{case['name']}.rank{dist.get_rank()}.error").write_text(traceback.format_exc())
+            print(f"rank {dist.get_rank()} case {case['name']}: {error!r}", file=sys.stderr, flush=True)
+            os._exit(1)
+        if dist.get_rank() == 0:
+            weights = seen.pop("weights")
+            seen["seconds"] = time.time() - begin
+            np.savez(out / f"{case['name']}.npz", **weights)
+            (out / f"{case['name']}.json").write_text(json.dumps(seen))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

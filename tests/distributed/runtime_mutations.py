@@ -1,0 +1,3 @@
+"""Deliberate mistakes in the runtime, each of which the parity tests must notice."""
+
+MUTATIONS = {}
