@@ -3,7 +3,13 @@
 from functools import cached_property, lru_cache
 
 from galvatron_megatron.cost.communication import collective_seconds
-from galvatron_megatron.cost.compute import BACKWARD_PHASES, FORWARD_PHASES, element_bytes, phase_seconds
+from galvatron_megatron.cost.compute import (
+    BACKWARD_PHASES,
+    FORWARD_PHASES,
+    element_bytes,
+    operator_seconds,
+    phase_seconds,
+)
 from galvatron_megatron.cost.counts import embedding_counts, head_counts, layer_counts
 from galvatron_megatron.cost.counts_values import LayerCounts
 from galvatron_megatron.cost.memory import optimizer_traffic_bytes, parameter_bytes, state_bytes
@@ -15,6 +21,11 @@ from galvatron_megatron.cost.terms import PricedLayer, Term
 from galvatron_megatron.describe.cluster import GB, MICROSECOND, Cluster
 from galvatron_megatron.describe.model import Layer, Model
 from galvatron_megatron.plan.strategy import SequenceParallel, Strategy
+
+cached_layer_counts = lru_cache(maxsize=16384)(layer_counts)
+"""Counts do not depend on the cluster or its constants, so that calibration counts every layer once."""
+_embedding_counts = lru_cache(maxsize=4096)(embedding_counts)
+_head_counts = lru_cache(maxsize=4096)(head_counts)
 
 
 class AnalyticCostModel:
@@ -109,6 +120,26 @@ class AnalyticCostModel:
         """Time per step outside all layers: data, logging, synchronisation with the host."""
         return self.cluster.constants.step_ms * 1e-3
 
+    def operator_seconds(
+        self, layer: int, strategy: Strategy, setting: Setting
+    ) -> dict[str, tuple[float, float]]:
+        """Seconds of every operator of a layer for one micro-batch: name -> (forward, backward).
+
+        Tensor-parallel collectives count with the operator they follow (forward) or precede (backward).
+        """
+        counts = self._layer_counts(self.model.layers[layer], strategy, setting.micro_batch_samples)
+        seconds: dict[str, list[float]] = {}
+        for operator in counts.operators:
+            side = 0 if operator.phase in FORWARD_PHASES else 1
+            each = operator_seconds(operator, self.cluster.device, self.cluster.constants, self.model.precision)
+            seconds.setdefault(operator.name, [0.0, 0.0])[side] += operator.count * each
+        for side, phases in enumerate((FORWARD_PHASES, BACKWARD_PHASES)):
+            exposed, _ = self._exchanges(counts, strategy, phases)
+            linears = [name for name in seconds if "projection" in name or "linear" in name]
+            for name in linears:
+                seconds[name][side] += exposed / len(linears)
+        return {name: (pair[0], pair[1]) for name, pair in seconds.items()}
+
     def flops_per_sample(self) -> float:
         """Useful operations of one training sample: no recomputation, causal attention counted half."""
         return self._sample_flops
@@ -133,21 +164,21 @@ class AnalyticCostModel:
         return parameter_bytes(self.model.precision, self.options)
 
     def _price_layer(self, layer: Layer, strategy: Strategy, samples: int, micro_batches: int) -> PricedLayer:
-        counts = layer_counts(
-            self.model, layer, strategy, samples // strategy.dp, implementation=self.options.implementation
+        return self._price(self._layer_counts(layer, strategy, samples), strategy, micro_batches)
+
+    def _layer_counts(self, layer: Layer, strategy: Strategy, samples: int) -> LayerCounts:
+        return cached_layer_counts(
+            self.model, layer, strategy, samples // strategy.dp, self.options.implementation
         )
-        return self._price(counts, strategy, micro_batches)
 
     def _price_embedding(self, setting: Setting) -> PricedLayer:
-        counts = embedding_counts(
-            self.model, setting.base, setting.micro_batch_size, implementation=self.options.implementation
+        counts = _embedding_counts(
+            self.model, setting.base, setting.micro_batch_size, self.options.implementation
         )
         return self._price(counts, setting.base, setting.micro_batches)
 
     def _price_head(self, setting: Setting) -> PricedLayer:
-        counts = head_counts(
-            self.model, setting.base, setting.micro_batch_size, implementation=self.options.implementation
-        )
+        counts = _head_counts(self.model, setting.base, setting.micro_batch_size, self.options.implementation)
         tied = self.model.tied_embeddings
         return self._price(
             counts,

@@ -135,7 +135,8 @@ def _score_matrix(
     b.keep("attention probabilities", scores * (size + fp32_softmax), in_core_attention=True)
     if model.attention_dropout > 0:
         b.keep("attention dropout", scores * (size + 1), in_core_attention=True)
-    b.recomputed |= {"attention scores", "attention softmax", "attention context"}
+        b.memory("attention dropout", scores * (2 * size + 1), scores * (2 * size + 1))
+    b.recomputed |= {"attention scores", "attention softmax", "attention dropout", "attention context"}
     b.memory("attention softmax", 2 * scores * size, 3 * scores * size)
     for name, n, k in (("attention scores", seq_k, head_dim), ("attention context", v_head_dim, seq_k)):
         b.operators += [

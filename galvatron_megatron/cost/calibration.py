@@ -1,0 +1,182 @@
+"""Fits a cluster's constants to measured runs, with cross-validation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from galvatron_megatron.cost.records.values import MeasuredRun
+from galvatron_megatron.cost.validation import Predictor
+from galvatron_megatron.describe.cluster import Calibration, Cluster
+from galvatron_megatron.errors import DescriptionError
+
+_BOUNDS = {
+    "constants.gemm_efficiency": (0.2, 0.98),
+    "constants.attention_efficiency": (0.1, 0.98),
+    "constants.memory_efficiency": (0.2, 1.0),
+    "constants.kernel_us": (1.0, 20.0),
+    "constants.host_us": (1.0, 200.0),
+    "constants.step_ms": (0.1, 200.0),
+    "intra_node.efficiency": (0.1, 1.0),
+    "intra_node.base_us": (5.0, 200.0),
+    "inter_node.efficiency": (0.1, 1.0),
+}
+"""What time is fitted by: physical constants and the range in which each makes sense."""
+_ROUNDS = 25
+_STEP = 0.03
+_PRIOR = 0.3
+"""A constant that the runs say nothing about stays where it was: leaving it costs as much as this relative error
+of one run per e-fold."""
+_ROBUST = 0.1
+"""Relative error beyond which a run counts less: single odd runs must not pull the constants."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Fit:
+    """A calibrated cluster and how well it predicts runs that it was not fitted on."""
+
+    cluster: Cluster
+    fitted_error: float
+    """Mean absolute relative error over the runs that the constants were fitted on."""
+    cross_error: float
+    """The same in cross-validation: every run predicted by constants fitted on the others."""
+    folds: int
+
+
+def _get(cluster: Cluster, name: str) -> float:
+    part, field = name.split(".")
+    return getattr(getattr(cluster, part), field)
+
+
+def _with(cluster: Cluster, names: Sequence[str], logs: np.ndarray) -> Cluster:
+    """The cluster with the named constants set to exp(logs), within their bounds."""
+    changes: dict[str, dict[str, float]] = {}
+    for name, value in zip(names, logs, strict=True):
+        part, field = name.split(".")
+        low, high = _BOUNDS[name]
+        changes.setdefault(part, {})[field] = float(np.clip(np.exp(value), low, high))
+    return replace(
+        cluster, **{part: replace(getattr(cluster, part), **fields) for part, fields in changes.items()}
+    )
+
+
+def _log_errors(cluster: Cluster, runs: Sequence[MeasuredRun]) -> np.ndarray:
+    predict = Predictor(lambda _: cluster)
+    return np.array([np.log(predict(run)[0] / run.step_seconds) for run in runs])
+
+
+def _free_constants(cluster: Cluster, runs: Sequence[MeasuredRun]) -> list[str]:
+    """The constants that the runs can say something about."""
+    names = list(_BOUNDS)
+    if all(run.plan.world_size <= cluster.devices_per_node for run in runs):
+        names.remove("inter_node.efficiency")
+    if all(run.model.fused_attention is False for run in runs):
+        names.remove("constants.attention_efficiency")
+    return names
+
+
+def fit_constants(cluster: Cluster, runs: Sequence[MeasuredRun]) -> Cluster:
+    """Fits the constants that decide time; deterministic.
+
+    Minimises the robust sum of squared logarithms of predicted / measured by the Levenberg-Marquardt method
+    over the logarithms of the constants, with a weak pull towards where they started.
+
+    Args:
+        cluster: the test bed with constants to start from.
+        runs: with measured step times.
+
+    Returns:
+        The cluster with fitted constants.
+
+    Raises:
+        DescriptionError: no run has a measured time.
+    """
+    runs = [run for run in runs if run.step_seconds and not run.doubt]
+    if not runs:
+        raise DescriptionError("calibration: no run has a measured step time; valid: at least one")
+    names = _free_constants(cluster, runs)
+    start = np.log([_get(cluster, name) for name in names])
+    low, high = np.log([_BOUNDS[name] for name in names]).T
+    point = np.clip(start, low, high)
+
+    def residuals(at: np.ndarray) -> np.ndarray:
+        return np.concatenate([_log_errors(_with(cluster, names, at), runs), _PRIOR * (at - start) * _ROBUST])
+
+    def cost(errors: np.ndarray) -> float:
+        return float((_ROBUST**2 * (np.sqrt(1 + (errors / _ROBUST) ** 2) - 1)).sum())
+
+    errors = residuals(point)
+    best, damping = cost(errors), 1e-2
+    for _ in range(_ROUNDS):
+        columns = []
+        for index in range(len(names)):
+            moved = point.copy()
+            step = _STEP if point[index] + _STEP <= high[index] else -_STEP
+            moved[index] += step
+            columns.append((residuals(moved) - errors) / step)
+        jacobian = np.stack(columns, axis=1)
+        weights = 1 / np.sqrt(1 + (errors / _ROBUST) ** 2)
+        normal = jacobian.T @ (weights[:, None] * jacobian)
+        gradient = jacobian.T @ (weights * errors)
+        improved = False
+        for _ in range(6):
+            step = np.linalg.solve(normal + damping * np.diag(np.diag(normal) + 1e-9), -gradient)
+            trial = np.clip(point + step, low, high)
+            trial_errors = residuals(trial)
+            if cost(trial_errors) < best:
+                gain = best - cost(trial_errors)
+                point, errors, best, damping = trial, trial_errors, best - gain, damping / 3
+                improved = gain > 1e-6 * best
+                break
+            damping *= 4
+        if not improved:
+            break
+    return _with(cluster, names, point)
+
+
+def calibrate(cluster: Cluster, runs: Sequence[MeasuredRun], table: str, folds: int = 3) -> Fit:
+    """Fits the constants and says by cross-validation how far estimates with them are off.
+
+    Args:
+        cluster: the test bed with constants to start from.
+        runs: with measured step times.
+        table: name of the runs' source, for the description.
+        folds: parts of the cross-validation, at most the number of runs.
+
+    Returns:
+        The calibrated cluster, its ``calibration`` filled, and the errors.
+
+    Raises:
+        DescriptionError: fewer than two runs have a measured time.
+    """
+    runs = [run for run in runs if run.step_seconds and not run.doubt]
+    if len(runs) < 2:
+        raise DescriptionError(f"calibration: {len(runs)} runs with a measured time; valid: at least 2")
+    folds = min(folds, len(runs))
+    crossed = np.concatenate(
+        [
+            _log_errors(
+                fit_constants(cluster, [run for index, run in enumerate(runs) if index % folds != fold]),
+                runs[fold::folds],
+            )
+            for fold in range(folds)
+        ]
+    )
+    fitted = fit_constants(cluster, runs)
+    ratios = np.exp(-crossed)
+    cross_error = float(np.abs(np.exp(crossed) - 1).mean())
+    return Fit(
+        cluster=replace(
+            fitted,
+            calibration=Calibration(
+                runs=len(runs),
+                table=table,
+                mean_error=round(cross_error, 4),
+                low=round(float(np.percentile(ratios, 10)), 4),
+                high=round(float(np.percentile(ratios, 90)), 4),
+            ),
+        ),
+        fitted_error=float(np.abs(np.exp(_log_errors(fitted, runs)) - 1).mean()),
+        cross_error=cross_error,
+        folds=folds,
+    )
