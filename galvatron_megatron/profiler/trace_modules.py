@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.overrides import TorchFunctionMode
 
 from galvatron_megatron.integration.local_hybrid_spec import attention_layer
@@ -63,6 +64,32 @@ def fused_attention() -> Iterator[None]:
     finally:
         LocalSpecProvider.core_attention = before
         hybrid.core_attention = DotProductAttention
+
+
+class _EvenSplit(list):
+    """Token counts that stand in for a tensor: the experts ask for them as a list."""
+
+    def tolist(self) -> list[int]:
+        return self
+
+
+@contextmanager
+def balanced_experts() -> Iterator[None]:
+    """While active, experts share their tokens evenly without reading the router's counts.
+
+    With inputs padded to an expert's capacity the counts are equal anyway; a fake tensor cannot tell them.
+    """
+    original = SequentialMLP.forward
+
+    def forward(self: Any, tokens: torch.Tensor, counts: Any, probabilities: torch.Tensor) -> Any:
+        experts = len(self.local_experts)
+        return original(self, tokens, _EvenSplit([tokens.shape[0] // experts] * experts), probabilities)
+
+    SequentialMLP.forward = forward
+    try:
+        yield
+    finally:
+        SequentialMLP.forward = original
 
 
 class _LayerNorm(torch.autograd.Function):

@@ -18,7 +18,7 @@ from galvatron_megatron.describe.profile import EMBEDDING, HEAD
 from galvatron_megatron.describe.profile_key import layer_digest
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
 from galvatron_megatron.profiler.few_layers import arguments_for, bare_model
-from galvatron_megatron.profiler.trace_modules import GpuKernels, fused_attention
+from galvatron_megatron.profiler.trace_modules import GpuKernels, balanced_experts, fused_attention
 from galvatron_megatron.profiler.trace_recorder import KeptTensors, Recorder, storage_of
 
 
@@ -111,6 +111,7 @@ class PartTracer:
         with contextlib.ExitStack() as stack:
             if self._fake:
                 stack.enter_context(_no_random_state())
+                stack.enter_context(balanced_experts())
                 stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             if self._kernels == "gpu":
                 stack.enter_context(GpuKernels())

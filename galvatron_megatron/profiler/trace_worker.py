@@ -101,18 +101,19 @@ def answer(request: Request) -> list[dict[str, Any]]:
                     fuse=request.fused_attention,
                 )
                 wanted = [s[2:] for s in request.settings if s[:2] == (tp, sequence_parallel)]
-                for part, recompute, samples, counts in tracer.rows(wanted):
-                    rows.append(
-                        {
-                            "part": part,
-                            "tp": tp,
-                            "sequence_parallel": sequence_parallel,
-                            "recompute": recompute,
-                            "samples": samples,
-                            "counts": counts.to_json(),
-                        }
-                    )
+                setting = {"tp": tp, "sequence_parallel": sequence_parallel}
+                try:
+                    for part, recompute, samples, counts in tracer.rows(wanted):
+                        row = {"part": part, "recompute": recompute, "samples": samples}
+                        rows.append(setting | row | {"counts": counts.to_json()})
+                except (GalvatronError, ValueError, AssertionError) as error:
+                    rows.append(setting | {"refused": _first_line(error)})
     return rows
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def configure_for_tracing(arguments: Namespace) -> None:
