@@ -144,7 +144,7 @@ def _llama_like(
     return Model(
         name=name,
         hidden_size=hidden_size,
-        seq_length=seq_length or longest,
+        seq_length=longest if seq_length is None else seq_length,
         vocab_size=_integer(config, "vocab_size", vocabulary),
         layers=(layer,) * _integer(config, "num_hidden_layers"),
         normalization="RMSNorm",
@@ -191,7 +191,7 @@ def _gpt2(config: _Config, *, name: str, seq_length: int | None, precision: str)
     return Model(
         name=name,
         hidden_size=hidden_size,
-        seq_length=seq_length or positions,
+        seq_length=positions if seq_length is None else seq_length,
         vocab_size=_integer(config, "vocab_size", 50257),
         layers=(Layer(kind=LayerKind.BLOCK, attention=attention, mlp=mlp),) * _integer(config, "n_layer", 12),
         normalization="LayerNorm",
