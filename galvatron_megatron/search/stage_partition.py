@@ -293,7 +293,7 @@ class PipelineProblem:
             times = self._times(sync_limit)
             capped = np.where(times <= slowest, times, np.inf)
             total, cuts = self._shortest(capped)
-            if not total <= most:
+            if total > most or not np.isfinite(total):
                 return None
             numbers = self._numbers(cuts)
             changed = False
