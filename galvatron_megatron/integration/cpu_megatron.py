@@ -5,6 +5,8 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from typing import Any
 
 from galvatron_megatron.errors import GalvatronError
@@ -80,6 +82,8 @@ def megatron_patches() -> Iterator[tuple[object, str, Any]]:
     # Compiles fused kernels on random numbers, which on CUDA come from a generator of its own: here they would
     # move the one that initialises the weights, by an amount that depends on the tensor-parallel degree.
     yield import_module("megatron.training.initialize"), "_warmup_jit_function", lambda *args, **kwargs: None
+    package = import_module("megatron.core.datasets")
+    yield package, "__path__", [*package.__path__, *_compiled_helper_places()]
     datasets = import_module("megatron.core.datasets.utils")
     yield datasets, "compile_helpers", partial(compile_helpers, datasets.compile_helpers)
 
@@ -109,10 +113,22 @@ def _build_norm(
     return norm
 
 
+def _compiled_helper_places() -> list[str]:
+    """Where the installed megatron-core has its compiled dataset helper, for a checkout that has none."""
+    if find_spec("megatron.core.datasets.helpers_cpp") is not None:
+        return []
+    try:
+        files = distribution("megatron-core").files or []
+    except PackageNotFoundError:
+        return []
+    return [str(file.locate().parent) for file in files if file.name.startswith("helpers_cpp.")]
+
+
 def compile_helpers(original: Callable[[], None]) -> None:
     """Compiles Megatron's dataset helper unless it is there already.
 
-    The wheel has the compiled helper but not the Makefile that ``original`` runs.
+    The wheel has the compiled helper but not the Makefile that ``original`` runs, and a checkout has the
+    Makefile but often not what it needs.
     """
     try:
         import_module("megatron.core.datasets.helpers_cpp")

@@ -107,6 +107,12 @@ class MemoryCounters:
     def __init__(self) -> None:
         self._start_bytes = _status_bytes("VmRSS:")
 
+    def restart(self) -> None:
+        """Counts from what the process holds now, once unused memory is given back."""
+        self.release_unused()
+        self._start_bytes = _status_bytes("VmRSS:")
+        self.reset_peak()
+
     def allocated(self, device: object = None) -> int:
         """Bytes resident now."""
         return max(0, _status_bytes("VmRSS:") - self._start_bytes)

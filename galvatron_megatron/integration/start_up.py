@@ -1,8 +1,8 @@
 """Makes the ``--galvatron-*`` flags work on scripts that know nothing of them.
 
-A line in a ``.pth`` file, which Python runs at every start, looks for such a flag on the command line. Only where
-there is one does it call ``arm``, and all that does is wait for Megatron's argument parser to be imported. A process
-that never imports it (``torchrun``, ``deepspeed``, anything else) goes on untouched.
+A line in a ``.pth`` file, which Python runs at every start, looks for such a flag on the command line. Only
+where there is one does it call ``arm``, and all that does is wait for Megatron's argument parser to be
+imported. A process that never imports it (``torchrun``, ``deepspeed``, anything else) goes on untouched.
 
 This module imports the standard library only: it runs in front of everything else.
 """

@@ -1,0 +1,151 @@
+"""Attaches to Megatron's argument parser: flags, then the plan between parsing and validation.
+
+Three names of ``megatron.training.arguments`` are replaced right after the module has run, so that everything
+that imports them later gets the replacements (megatron-core 0.17 to 0.19; a test holds them against the
+installed release):
+
+* ``add_megatron_arguments``: adds our group of flags;
+* ``parse_args``: checks the flags and installs the device;
+* ``validate_args``: finds the plan and sets Megatron's arguments to it, before Megatron validates them.
+"""
+
+import argparse
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+from galvatron_megatron.errors import EXIT_CODE, GalvatronError
+from galvatron_megatron.integration.options import Options, add_options, check_flag_names
+
+HOOKED = ("add_megatron_arguments", "parse_args", "validate_args")
+"""The replaced names."""
+
+
+def attach(module: ModuleType) -> None:
+    """Adds the flags and what they do to Megatron's argument parser.
+
+    Args:
+        module: ``megatron.training.arguments``.
+    """
+    with one_line_errors():
+        missing = [name for name in HOOKED if not hasattr(module, name)]
+        if missing:
+            raise GalvatronError(
+                f"{module.__name__} has no {missing[0]}; valid: megatron-core >= 0.17 and < 0.20"
+            )
+    if getattr(module, "_galvatron_attached", False):
+        return
+    module._galvatron_attached = True
+    module.add_megatron_arguments = _with_flags(module.add_megatron_arguments)
+    module.parse_args = _with_device(module.parse_args)
+    module.validate_args = _with_plan(module.validate_args)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the process with the error in one line and exit code 2 instead of a traceback.
+
+    An error that rank 0 has told the others is printed by rank 0 alone.
+    """
+    try:
+        yield
+    except GalvatronError as error:
+        from galvatron_megatron.integration.channel import ToldByRankZeroError
+
+        rank = int(os.environ.get("RANK", "0"))
+        if not isinstance(error, ToldByRankZeroError):
+            where = f" rank {rank}" if rank else ""
+            print(f"galvatron{where}: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_CODE)
+
+
+def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = original(parser)
+        add_options(parser)
+        return parser
+
+    return add_megatron_arguments
+
+
+def _with_device(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def parse_args(*args: Any, **kwargs: Any) -> Namespace:
+        with _errors_of_rank_zero_only():
+            check_flag_names(sys.argv[1:])
+        parsed = original(*args, **kwargs)
+        with _errors_of_rank_zero_only():
+            options = Options.from_arguments(parsed)
+            _prepare_device(options, parsed)
+        return parsed
+
+    return parse_args
+
+
+@contextmanager
+def _errors_of_rank_zero_only() -> Iterator[None]:
+    """For checks that every rank makes alike, on the command line alone: one rank is enough to say it."""
+    from galvatron_megatron.integration.channel import ToldByRankZeroError
+
+    with one_line_errors():
+        try:
+            yield
+        except GalvatronError as error:
+            if int(os.environ.get("RANK", "0")):
+                raise ToldByRankZeroError(str(error)) from None
+            raise
+
+
+def _prepare_device(options: Options, args: Namespace) -> None:
+    """Installs the device and sets the arguments it needs; says so once."""
+    import torch
+
+    if options.device == "cpu":
+        from galvatron_megatron.integration import cpu_device
+
+        is_first = cpu_device.installed() is None
+        cpu_device.install(even_with_gpu=options.ignore_gpus)
+        changed = cpu_device.configure(args)
+        if changed and is_first and args.rank == 0:
+            words = ", ".join(f"{name} {_short(new)}" for name, (_, new) in sorted(changed.items()))
+            print(f"galvatron: device cpu sets {words}", flush=True)
+    elif not torch.cuda.is_available():
+        raise GalvatronError(
+            "--galvatron-device: cuda, but no GPU is visible; valid: cpu, to train on CPU ranks"
+        )
+
+
+def _short(value: object) -> str:
+    return str(getattr(value, "name", value))
+
+
+def _with_plan(original: Callable[..., Any]) -> Callable[..., Any]:
+    state = {"planned": False}
+
+    @wraps(original)
+    def validate_args(args: Namespace, defaults: dict[str, Any] = {}) -> Any:  # noqa: B006 Megatron's own
+        if state["planned"] or not hasattr(args, "galvatron_auto"):
+            return original(args, defaults)
+        # Measuring validates arguments of its own.
+        state["planned"] = True
+        with one_line_errors():
+            options = Options.from_arguments(args)
+        if not options.plans:
+            return original(args, defaults)
+        from galvatron_megatron.integration.job import PlannedJob
+
+        with one_line_errors():
+            job = PlannedJob(args, defaults, options, original)
+            job.plan()
+        result = original(args, defaults)
+        with one_line_errors():
+            job.start(args)
+        return result
+
+    return validate_args

@@ -1,0 +1,100 @@
+"""A training job that runs under a plan."""
+
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from galvatron_megatron.integration.channel import Channel
+from galvatron_megatron.integration.cpu_device import installed
+from galvatron_megatron.integration.decision import Decision
+from galvatron_megatron.integration.dependencies import check_dependencies
+from galvatron_megatron.integration.measurement import Measurement
+from galvatron_megatron.integration.options import Options
+from galvatron_megatron.integration.planning import JobPlanner
+from galvatron_megatron.integration.presentation import plan_lines
+from galvatron_megatron.plan.megatron_arguments import command_line, runs_on_stock_megatron
+from galvatron_megatron.plan.serialization import write_plan
+
+
+class PlannedJob:
+    """One job from its command line to its first iteration; made on every rank.
+
+    Args:
+        args: Megatron's parsed arguments, before validation.
+        defaults: the script's ``args_defaults``.
+        options: our flags.
+        validate: Megatron's own ``validate_args``.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        defaults: Mapping[str, Any],
+        options: Options,
+        validate: Callable[..., Any],
+    ) -> None:
+        self._args = args
+        self._options = options
+        self._defaults = defaults
+        self._validate = validate
+        self._channel = Channel(args.rank, args.world_size)
+        self.decision: Decision | None = None
+
+    def plan(self) -> None:
+        """Finds the plan and sets Megatron's arguments to it; ends the job where only the plan is wanted.
+
+        Raises:
+            GalvatronError: there is no plan for the job; the same error on every rank.
+        """
+        args, options = self._args, self._options
+        warning = self._channel.share(lambda: check_dependencies(args))
+        if warning and args.rank == 0:
+            print(f"galvatron: {warning}", file=sys.stderr, flush=True)
+        # Every rank reads the same command line; rank 0 is the one to complain about it.
+        self._channel.share(lambda: self._planner() and None)
+        planner = self._planner()
+        self.decision = planner.decide()
+        plan = self.decision.plan
+        planner.apply(plan, args)
+        if args.rank == 0:
+            words = command_line(plan, planner.model, sharding_by_runtime=not runs_on_stock_megatron(plan))
+            print("\n".join(plan_lines(self.decision, shlex.join(words))), flush=True)
+        self._channel.share(self._save)
+        if options.plan_only:
+            sys.exit(0)
+
+    def start(self, args: Namespace) -> None:
+        """Attaches what the plan needs beyond arguments, and the measurement.
+
+        Args:
+            args: Megatron's validated arguments.
+
+        Raises:
+            GalvatronError: the plan cannot run here.
+        """
+        if not runs_on_stock_megatron(self.decision.plan):
+            from galvatron_megatron.runtime import attach
+
+            self._channel.share(lambda: attach.check_supported(self.decision.plan, args))
+            attach.install(self.decision.plan, args)
+        device = installed()
+        if device is not None:
+            device.memory.restart()
+        else:
+            torch.cuda.reset_peak_memory_stats()
+        from megatron.training import training
+
+        Measurement(self.decision, self._channel, args.train_iters, self._options.report).install(training)
+
+    def _planner(self) -> JobPlanner:
+        return JobPlanner(
+            self._args, self._defaults, self._options, sys.argv[1:], self._channel, self._validate
+        )
+
+    def _save(self) -> None:
+        if self._options.save_plan is not None:
+            write_plan(self.decision.plan, self._options.save_plan)

@@ -1,0 +1,184 @@
+"""The ``--galvatron-*`` flags of a training job."""
+
+import argparse
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from galvatron_megatron.describe.profile_store import default_directory
+from galvatron_megatron.errors import GalvatronError, did_you_mean
+from galvatron_megatron.integration.start_up import FLAG_PREFIX
+
+DEVICES = ("cuda", "cpu")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags, in a group of their own.
+
+    Values are taken as text and checked by ``Options``, so that a wrong one is reported in one line and not
+    behind the usage of Megatron's several hundred flags.
+
+    Args:
+        parser: Megatron's.
+    """
+    group = parser.add_argument_group(title="galvatron", description="How the job is planned.")
+    group.add_argument(
+        "--galvatron-auto",
+        action="store_true",
+        help="Plan the job: measure the ranks (once; the profile is kept), search the fastest parallel plan "
+        "that fits, and train under it. Parallelism, recomputation and batch flags given by hand are kept.",
+    )
+    group.add_argument("--galvatron-plan", metavar="FILE", help="Train under the plan in FILE; search nothing.")
+    group.add_argument(
+        "--galvatron-memory-gb",
+        metavar="GB",
+        help="Memory of one device that a plan may use, in GiB. Default: all of it.",
+    )
+    group.add_argument(
+        "--galvatron-profile-dir",
+        metavar="DIRECTORY",
+        help=f"Where profiles and plans are kept; must exist. Default: {default_directory()}",
+    )
+    group.add_argument(
+        "--galvatron-again", action="store_true", help="Measure and search again, whatever is kept."
+    )
+    group.add_argument(
+        "--galvatron-uniform",
+        action="store_true",
+        help="Only plans in which all layers run alike, on Megatron's own code alone.",
+    )
+    group.add_argument("--galvatron-plan-only", action="store_true", help="Print the plan and end.")
+    group.add_argument("--galvatron-save-plan", metavar="FILE", help="Write the plan to FILE (.yaml or .json).")
+    group.add_argument(
+        "--galvatron-report",
+        metavar="FILE",
+        help="Write plan, prediction, measured step times and losses to FILE (JSON), after 10 iterations and "
+        "at the end.",
+    )
+    group.add_argument(
+        "--galvatron-observe",
+        metavar="DIRECTORY",
+        help="Under a plan whose layers differ: record the time of every layer, one file per rank.",
+    )
+    group.add_argument(
+        "--galvatron-device",
+        metavar="DEVICE",
+        default="cuda",
+        help="cuda (default), or cpu: train on CPU ranks over gloo.",
+    )
+    group.add_argument(
+        "--galvatron-ignore-gpus",
+        action="store_true",
+        help="With --galvatron-device cpu: also where a GPU is visible.",
+    )
+
+
+def check_flag_names(words: Sequence[str]) -> None:
+    """Refuses a misspelt flag of ours before Megatron's parser answers with its whole usage.
+
+    Args:
+        words: the command line.
+
+    Raises:
+        GalvatronError: names the flag and the nearest valid one.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    add_options(parser)
+    valid = set(parser._option_string_actions)
+    for word in words:
+        name = word.split("=", 1)[0]
+        if name.startswith(FLAG_PREFIX) and name not in valid:
+            raise GalvatronError(f"{name}: unknown flag; {did_you_mean(name, valid)}")
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Options:
+    """The flags of a job, checked."""
+
+    auto: bool = False
+    plan_file: Path | None = None
+    memory_gb: float | None = None
+    profile_directory: Path | None = None
+    """None: the default one, made at first use."""
+    again: bool = False
+    uniform: bool = False
+    plan_only: bool = False
+    save_plan: Path | None = None
+    report: Path | None = None
+    device: str = "cuda"
+    ignore_gpus: bool = False
+
+    @property
+    def plans(self) -> bool:
+        """True where the job is to run under a plan."""
+        return self.auto or self.plan_file is not None
+
+    @staticmethod
+    def from_arguments(args: Namespace) -> "Options":
+        """Reads and checks the flags.
+
+        Args:
+            args: Megatron's parsed arguments.
+
+        Raises:
+            GalvatronError: a value is wrong; names the flag, the value and what is valid.
+        """
+        if args.galvatron_device not in DEVICES:
+            raise GalvatronError(
+                f"--galvatron-device: {args.galvatron_device!r} is unknown; "
+                f"{did_you_mean(args.galvatron_device, DEVICES)}"
+            )
+        if args.galvatron_auto and args.galvatron_plan:
+            raise GalvatronError("--galvatron-plan and --galvatron-auto: both given; valid: one of them")
+        options = Options(
+            auto=args.galvatron_auto,
+            plan_file=_path(args.galvatron_plan),
+            memory_gb=_memory(args.galvatron_memory_gb),
+            profile_directory=_path(args.galvatron_profile_dir),
+            again=args.galvatron_again,
+            uniform=args.galvatron_uniform,
+            plan_only=args.galvatron_plan_only,
+            save_plan=_path(args.galvatron_save_plan),
+            report=_path(args.galvatron_report),
+            device=args.galvatron_device,
+            ignore_gpus=args.galvatron_ignore_gpus,
+        )
+        if not options.plans:
+            for name in (
+                "plan_only",
+                "save_plan",
+                "memory_gb",
+                "profile_directory",
+                "again",
+                "uniform",
+                "report",
+            ):
+                if getattr(options, name):
+                    flag = {"profile_directory": "profile-dir"}.get(name, name.replace("_", "-"))
+                    raise GalvatronError(
+                        f"{FLAG_PREFIX}{flag}: nothing is planned; valid: with --galvatron-auto"
+                    )
+        for flag, file in (("save-plan", options.save_plan), ("report", options.report)):
+            if file is not None and not file.parent.is_dir():
+                raise GalvatronError(
+                    f"{FLAG_PREFIX}{flag}: directory {file.parent} does not exist; "
+                    "valid: a file in an existing one"
+                )
+        return options
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text).expanduser() if text else None
+
+
+def _memory(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise GalvatronError(f"--galvatron-memory-gb: {text!r}; valid: GiB of one device, a number > 0")
+    return value

@@ -1,0 +1,350 @@
+"""Plans a job on its live ranks: profile, search, and what is kept of both."""
+
+import contextlib
+import copy
+import io
+import math
+import os
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from galvatron_megatron.cost.measured import MeasuredCostModel
+from galvatron_megatron.cost.options import RunOptions
+from galvatron_megatron.describe.cluster import Cluster
+from galvatron_megatron.describe.megatron_args import model_from_arguments, plan_constraints
+from galvatron_megatron.describe.model import Model
+from galvatron_megatron.describe.plan_check import check_plan
+from galvatron_megatron.describe.profile import Profile
+from galvatron_megatron.describe.profile_store import check_directory, default_directory
+from galvatron_megatron.errors import GalvatronError, UnsupportedPlanError
+from galvatron_megatron.integration.channel import Channel
+from galvatron_megatron.integration.decision import Decision, DecisionStore
+from galvatron_megatron.integration.options import Options
+from galvatron_megatron.plan.constraints import Constraints
+from galvatron_megatron.plan.layer_kind import LayerKind
+from galvatron_megatron.plan.megatron_arguments import megatron_arguments, runs_on_stock_megatron
+from galvatron_megatron.plan.plan import Fingerprints, Plan
+from galvatron_megatron.plan.serialization import read_plan
+from galvatron_megatron.profiler.needs import ProfileNeeds, tensor_degrees
+from galvatron_megatron.profiler.session import profile_live_ranks
+from galvatron_megatron.profiler.topology import facts_of_this_rank, software_versions
+from galvatron_megatron.search.engine import search
+from galvatron_megatron.search.request import SearchRequest
+from galvatron_megatron.search.result import SearchResult
+
+MARGIN = 0.05
+"""A layer-wise plan must be predicted faster than the best uniform one by more than this to be chosen: the
+prediction is not surer than that, and a uniform plan runs on Megatron's own code alone."""
+
+_RECOMPUTE_ARGUMENTS = (
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    "recompute_modules",
+)
+
+
+class JobPlanner:
+    """Finds the plan of one job; the same object is made on every rank.
+
+    Args:
+        args: Megatron's parsed arguments, before its validation.
+        defaults: the script's ``args_defaults``.
+        options: our flags.
+        words: the command line behind the script's name.
+        channel: to the other ranks.
+        validate: Megatron's own ``validate_args``.
+
+    Raises:
+        GalvatronError: the command line does not describe a job that can be planned.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        defaults: Mapping[str, Any],
+        options: Options,
+        words: Sequence[str],
+        channel: Channel,
+        validate: Callable[..., Any],
+    ) -> None:
+        self.args = args
+        self.defaults = dict(defaults)
+        self.options = options
+        self.channel = channel
+        self._validate = validate
+        self.constraints: Constraints = plan_constraints(words)
+        if getattr(args, "rampup_batch_size", None):
+            raise GalvatronError("--rampup-batch-size is not planned for; valid: a fixed --global-batch-size")
+        if args.global_batch_size is None:
+            raise GalvatronError(
+                "--global-batch-size: missing; a plan is made for a batch; valid: an integer >= 1"
+            )
+        self.model: Model = model_from_arguments(self._arguments(), vocab_size=self._vocabulary())
+
+    def decide(self) -> Decision:
+        """Finds the plan; every rank calls this.
+
+        Returns:
+            The decision, equal on every rank.
+
+        Raises:
+            GalvatronError: no plan can be made.
+        """
+        if self.options.plan_file is not None:
+            return self._shared(self._from_file)
+        directory = Path(self.channel.share(lambda: str(self._directory())))
+        kept = self.channel.share(lambda: self._kept(directory))
+        if kept["decision"] is not None:
+            return replace(Decision.from_dict(kept["decision"]), profile_seconds=0.0, source=kept["source"])
+        notes = (kept["note"],) if kept["note"] else ()
+        started = time.perf_counter()
+        profile, cluster = profile_live_ranks(
+            self.model,
+            self.args,
+            self._needs(),
+            directory,
+            args_defaults=self.defaults,
+            memory_gb=self.options.memory_gb,
+            again=self.options.again,
+        )
+        profile_seconds = time.perf_counter() - started
+        decision = self._shared(lambda: self._search(profile, cluster, profile_seconds, notes))
+        self.channel.share(lambda: DecisionStore(directory).write(self._job(), decision))
+        return decision
+
+    def arguments(self, plan: Plan) -> dict[str, object]:
+        """Megatron's arguments for a plan; for one whose layers differ, those of its base layout."""
+        is_stock = runs_on_stock_megatron(plan)
+        found = megatron_arguments(plan, self.model, sharding_by_runtime=not is_stock)
+        if not is_stock:
+            found |= dict.fromkeys(_RECOMPUTE_ARGUMENTS)
+        return found
+
+    def apply(self, plan: Plan, args: Namespace) -> None:
+        """Sets Megatron's arguments to a plan."""
+        for name, value in self.arguments(plan).items():
+            if not hasattr(args, name):
+                if value not in (None, False):
+                    raise GalvatronError(
+                        f"plan: needs --{name.replace('_', '-')}, which this Megatron does not have; "
+                        "valid: a newer megatron-core"
+                    )
+                continue
+            setattr(args, name, value)
+        args._is_global_batch_size_explicitly_specified = True
+
+    # What the job is.
+
+    def _arguments(self) -> dict[str, object]:
+        """Megatron's arguments, with the script's defaults where nothing was given as in its validation."""
+        found = dict(vars(self.args))
+        for name, value in self.defaults.items():
+            if found.get(name) is None:
+                found[name] = value
+        return found
+
+    def _vocabulary(self) -> int | None:
+        """Entries of the vocabulary where only the tokenizer itself knows them."""
+        args = self.args
+        if args.vocab_size is not None or args.padded_vocab_size is not None:
+            return None
+        kind = self._arguments().get("tokenizer_type")
+        if kind is None:
+            return None
+        try:
+            model_from_arguments(self._arguments())
+        except GalvatronError:
+            from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+            made = copy.copy(args)
+            made.tokenizer_type = kind
+            try:
+                return build_tokenizer(made).vocab_size
+            except Exception as error:
+                raise GalvatronError(
+                    f"--tokenizer-type {kind}: the tokenizer cannot be built ({error}); "
+                    "valid: its files, or --vocab-size"
+                ) from None
+        return None
+
+    def _job(self) -> dict[str, object]:
+        """Everything that decides the plan, as JSON values."""
+        facts = facts_of_this_rank()
+        constraints = {name: value for name, value in asdict(self.constraints).items() if value is not None}
+        return {
+            "model": self.model.fingerprint(),
+            "world_size": self.channel.world_size,
+            "ranks_per_node": os.environ.get("LOCAL_WORLD_SIZE", ""),
+            "device": facts.device,
+            "memory_bytes": facts.memory_bytes,
+            "processors": facts.processors,
+            "software": software_versions(),
+            "backend": self.args.distributed_backend,
+            "global_batch_size": self.args.global_batch_size,
+            "constraints": constraints,
+            "memory_gb": self.options.memory_gb,
+            "uniform": self.options.uniform,
+            "run_options": asdict(self._run_options()),
+            "margin": MARGIN,
+        }
+
+    def _run_options(self) -> RunOptions:
+        args = self.args
+        return RunOptions(
+            implementation=args.transformer_impl,
+            gradients_in_fp32=bool(
+                args.accumulate_allreduce_grads_in_fp32 or (args.bf16 and not args.grad_reduce_in_bf16)
+            )
+            or not (args.bf16 or args.fp16),
+            overlap_gradients=args.overlap_grad_reduce,
+            overlap_parameters=args.overlap_param_gather,
+            overlap_tensor_parallel=args.tp_comm_overlap,
+        )
+
+    # What is kept.
+
+    def _directory(self) -> Path:
+        given = self.options.profile_directory
+        return check_directory(given or default_directory(), create=given is None).absolute()
+
+    def _kept(self, directory: Path) -> dict[str, object]:
+        store, job = DecisionStore(directory), self._job()
+        if self.options.again:
+            return {"decision": None, "note": "", "source": ""}
+        decision, note = store.read(job)
+        found = None if decision is None else decision.to_dict()
+        return {"decision": found, "note": note, "source": f"kept in {store.path(job)}"}
+
+    # How a plan is found.
+
+    def _shared(self, work: Callable[[], Decision]) -> Decision:
+        return Decision.from_dict(self.channel.share(lambda: work().to_dict()))
+
+    def _from_file(self) -> Decision:
+        path = self.options.plan_file
+        plan = read_plan(path)
+        check_plan(
+            plan,
+            model=self.model,
+            world_size=self.channel.world_size,
+            global_batch_size=self.args.global_batch_size,
+            where=str(path),
+        )
+        self.constraints.check(plan)
+        return Decision(plan=plan, source=f"read from {path}")
+
+    def _needs(self) -> ProfileNeeds:
+        """What to measure: whatever is fixed by hand narrows it."""
+
+        def only(value: object) -> tuple | None:
+            return None if value is None else (value,)
+
+        fixed = self.constraints
+        return ProfileNeeds.for_job(
+            self.model,
+            self.channel.world_size,
+            self.args.global_batch_size,
+            tps=only(fixed.tp),
+            micro_batch_sizes=self._micro_batch_sizes(),
+            sequence_parallel=only(fixed.sequence_parallel),
+            zeros=only(fixed.zero),
+        )
+
+    def _micro_batch_sizes(self) -> list[int] | None:
+        """Sizes that a layer can meet where the micro-batch is fixed by hand; None for all.
+
+        A layer with another tp than the base layout has another dp, so it sees another share of the samples.
+        """
+        size = self.constraints.micro_batch_size
+        if size is None:
+            return None
+        if self.options.uniform or self.constraints.tp is not None:
+            return [size]
+        degrees = tensor_degrees(self.model, self.channel.world_size)
+        return sorted({size * a // b for a in degrees for b in degrees if size * a % b == 0})
+
+    def _search(
+        self, profile: Profile, cluster: Cluster, profile_seconds: float, notes: tuple[str, ...]
+    ) -> Decision:
+        costs = MeasuredCostModel(self.model, cluster, profile, self._run_options())
+        is_hybrid = all(layer.kind not in (LayerKind.BLOCK, LayerKind.MOE_BLOCK) for layer in self.model.layers)
+        request = SearchRequest(
+            model=self.model,
+            world_size=self.channel.world_size,
+            devices_per_node=cluster.devices_per_node,
+            memory_bytes=math.floor(cluster.memory_bytes),
+            global_batch_size=self.args.global_batch_size,
+            constraints=self.constraints,
+            layerwise=not self.options.uniform,
+            # What is not measured has no price.
+            max_zero=max(point.zero for point in profile.steps),
+            allow_ulysses=False,
+            allow_cp=False,
+            # Megatron has no interleaved schedule for hybrid models.
+            allow_interleaving=not is_hybrid,
+            uniform_margin=MARGIN,
+        )
+        result = search(request, costs)
+        seconds = result.search_seconds
+        if not runs_on_stock_megatron(result.plan):
+            problem = self._runtime_problem(result.plan)
+            if problem:
+                notes = (*notes, f"only plans that run every layer alike: {problem}")
+                result = search(replace(request, layerwise=False), costs)
+                seconds += result.search_seconds
+        return self._decision(result, profile, cluster, profile_seconds, seconds, notes)
+
+    def _decision(
+        self,
+        result: SearchResult,
+        profile: Profile,
+        cluster: Cluster,
+        profile_seconds: float,
+        search_seconds: float,
+        notes: tuple[str, ...],
+    ) -> Decision:
+        marks = Fingerprints(
+            model=self.model.fingerprint(), cluster=cluster.fingerprint(), profile=profile.fingerprint()
+        )
+        return Decision(
+            plan=replace(result.plan, fingerprints=marks),
+            step_seconds=result.step_seconds,
+            memory_bytes=tuple(result.memory_bytes),
+            profile_seconds=profile_seconds,
+            search_seconds=search_seconds,
+            runners_up=tuple((in_words(plan), seconds) for plan, seconds in result.runners_up),
+            source="searched",
+            notes=notes,
+        )
+
+    def _runtime_problem(self, plan: Plan) -> str:
+        """Why the runtime cannot run a plan whose layers differ under the job's other arguments, or ""."""
+        from galvatron_megatron.runtime.support import check_supported
+
+        trial = copy.deepcopy(self.args)
+        self.apply(plan, trial)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._validate(trial, dict(self.defaults))
+            check_supported(plan, trial)
+        except (AssertionError, ValueError, RuntimeError, UnsupportedPlanError) as error:
+            return str(error).strip() or type(error).__name__
+        return ""
+
+
+def in_words(plan: Plan) -> str:
+    """A plan in one line."""
+    parts = [f"pp{plan.pp}"]
+    if plan.virtual_stages > 1:
+        parts.append(f"x{plan.virtual_stages} chunks")
+    strategies = plan.strategies
+    parts.append(
+        str(strategies[0]) if len(strategies) == 1 else f"{len(strategies)} strategies over {plan.base}"
+    )
+    parts.append(f"micro-batch {plan.micro_batch_size} x {plan.micro_batches}")
+    return " ".join(parts)
