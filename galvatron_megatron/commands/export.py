@@ -24,8 +24,8 @@ examples:
   galvatron export plan.yaml --model configs/models/llama2-7b.yaml
       also checks that the plan fits the model
 
-A plan whose layers differ is more than Megatron's flags can say. For such a plan the flags of the base layout
-are printed with --galvatron-plan PLAN, which gives every layer its own strategy.
+A plan whose layers differ is more than Megatron's flags can say. For such a plan --galvatron-plan PLAN is
+printed, under which the training job gives every layer its own strategy, and the batch sizes that it needs.
 """
 
 
@@ -33,11 +33,17 @@ def _megatron(plan: Plan, path: Path, model: Model | None) -> str:
     if runs_on_stock_megatron(plan):
         return shell_line(command_line(plan, model)) + "\n"
     print(
-        f"{path}: not every layer runs in the base layout; --galvatron-plan gives each its own strategy",
+        f"{path}: the layers differ in more than Megatron's flags can say; train with this package installed",
         file=sys.stderr,
     )
-    words = command_line(plan, model, sharding_by_runtime=True)
-    return shell_line([*words, "--galvatron-plan", str(path)]) + "\n"
+    # No degree is given: what stands on the command line holds for every layer.
+    batch = [
+        "--micro-batch-size",
+        str(plan.micro_batch_size),
+        "--global-batch-size",
+        str(plan.global_batch_size),
+    ]
+    return shell_line([*batch, "--galvatron-plan", str(path)]) + "\n"
 
 
 FORMATS: dict[str, Callable[[Plan, Path, Model | None], str]] = {

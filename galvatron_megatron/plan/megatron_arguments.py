@@ -21,6 +21,12 @@ _HYBRID_SYMBOLS = {
     LayerKind.MAMBA: "M",
 }
 _LATENT_ATTENTION_SYMBOL = "+"
+_RECOMPUTE_ARGUMENTS = (
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    "recompute_modules",
+)
 
 
 class _HasLayers(Protocol):
@@ -69,7 +75,9 @@ def megatron_arguments(
     if is_ulysses:
         # Megatron's name for Ulysses is context parallelism that communicates by all-to-all.
         arguments["cp_comm_type"] = ["a2a"]
-    arguments |= _recompute_arguments(plan)
+    # Where layers differ, the runtime recomputes layer by layer.
+    recompute = _recompute_arguments(plan) if runs_on_stock_megatron(plan) else None
+    arguments |= recompute or dict.fromkeys(_RECOMPUTE_ARGUMENTS)
     arguments |= _stage_arguments(plan, model)
     return arguments
 
@@ -109,7 +117,7 @@ def runs_on_stock_megatron(plan: Plan) -> bool:
     return (
         plan.base.zero <= 1
         and all(_without_recompute(layer.strategy) == plain_base for layer in plan.layers)
-        and _recompute_arguments(plan, strict=True) is not None
+        and _recompute_arguments(plan) is not None
     )
 
 
@@ -152,19 +160,9 @@ def _check_expressible(plan: Plan, sharding_by_runtime: bool) -> None:
         )
 
 
-def _recompute_arguments(plan: Plan, *, strict: bool = False) -> dict[str, object] | None:
-    """Arguments for the plan's recomputation.
-
-    Returns:
-        The arguments; where Megatron has none for the plan, those for no recomputation (the runtime applies
-        it layer by layer), or None if ``strict``.
-    """
-    arguments: dict[str, object] = {
-        "recompute_granularity": None,
-        "recompute_method": None,
-        "recompute_num_layers": None,
-        "recompute_modules": None,
-    }
+def _recompute_arguments(plan: Plan) -> dict[str, object] | None:
+    """Arguments for the plan's recomputation, or None where Megatron has none for it."""
+    arguments: dict[str, object] = dict.fromkeys(_RECOMPUTE_ARGUMENTS)
     used = {layer.strategy.recompute for layer in plan.layers}
     if used == {Recompute.NONE}:
         return arguments
@@ -189,7 +187,7 @@ def _recompute_arguments(plan: Plan, *, strict: bool = False) -> dict[str, objec
         )
         if leading:
             return arguments | full | {"recompute_method": "block", "recompute_num_layers": count}
-    return None if strict else arguments
+    return None
 
 
 def _stage_arguments(plan: Plan, model: _HasLayers | None) -> dict[str, object]:

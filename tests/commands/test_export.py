@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from galvatron_megatron.cli import main
+from galvatron_megatron.describe.megatron_args import plan_constraints
 from galvatron_megatron.describe.model_file import read_model
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
@@ -45,8 +46,9 @@ def test_a_plan_beyond_flags_names_its_file(tmp_path: Path, capsys: pytest.Captu
     write_plan(plan_of(4, strategy=OTHER), path)
     assert main(["export", str(path)]) == 0
     printed = capsys.readouterr()
-    assert printed.out.endswith(f"--galvatron-plan {path}\n")
-    assert "--tensor-model-parallel-size 2" in printed.out
+    assert printed.out == f"--micro-batch-size 1 --global-batch-size 32 --galvatron-plan {path}\n"
+    # The job takes these flags for decisions made by hand, which the plan must keep.
+    plan_constraints(printed.out.split()).check(read_plan(path))
     assert len(printed.err.splitlines()) == 1
 
 
@@ -86,4 +88,4 @@ def test_shipped_plans_fit_the_model_they_are_named_after(path: Path, capsys: py
         if path.stem.startswith(read_model(candidate).name + "-")
     )
     assert main(["export", str(path), "--model", str(model)]) == 0
-    assert "--tensor-model-parallel-size" in capsys.readouterr().out
+    assert "--global-batch-size" in capsys.readouterr().out

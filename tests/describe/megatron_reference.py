@@ -19,6 +19,7 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import (
     get_hybrid_total_layer_count,
     get_hybrid_total_pipeline_segment_count,
 )
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.training import arguments as megatron_arguments
@@ -96,6 +97,24 @@ def parameters(argv: list[str]) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def pipeline(argv: list[str], world_size: int) -> dict:
+    """What Megatron makes of the parallel flags of a job."""
+    args = parsed(argv, world_size, validate=True)
+    config = core_transformer_config_from_args(args)
+    layout = config.pipeline_model_parallel_layout
+    return {
+        "dp": args.data_parallel_size,
+        "virtual_stages": args.virtual_pipeline_model_parallel_size or 1,
+        "sequence_parallel": config.sequence_parallel,
+        "recompute": [config.recompute_granularity, config.recompute_method, config.recompute_num_layers],
+        "distributed_optimizer": args.use_distributed_optimizer,
+        "micro_batches": args.global_batch_size // (args.micro_batch_size * args.data_parallel_size),
+        "stage_layers": layout
+        and [[stage.count(LayerType.decoder) for stage in chunks] for chunks in layout.layout],
+        "num_layers": args.num_layers,
+    }
+
+
 def start_one_rank() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
@@ -129,6 +148,7 @@ def main() -> None:
             [get_hybrid_total_layer_count(pattern), get_hybrid_total_pipeline_segment_count(pattern)]
             for pattern in request["patterns"]
         ],
+        "pipelines": [pipeline(argv, world_size) for argv, world_size in request["pipelines"]],
         "parameters": [parameters(argv) for argv in request["models"]],
     }
     answer_path.write_text(json.dumps(answer))

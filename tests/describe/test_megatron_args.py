@@ -24,7 +24,9 @@ from galvatron_megatron.describe.megatron_args import (
 from galvatron_megatron.describe.megatron_flags import FLAGS
 from galvatron_megatron.errors import DescriptionError, GalvatronError, PlanError
 from galvatron_megatron.plan.layer_kind import LayerKind
-from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
+from galvatron_megatron.plan.megatron_arguments import command_line, runs_on_stock_megatron
+from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
+from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
 
 SIZES = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 64 "
@@ -65,6 +67,24 @@ FREQUENCIES = ["3", "([0]+[1]*23)", "([1]*3+[0]*1)*3", "[1,0,1]", "2*[0,1]"]
 LAYOUTS = ["EttL", "Et*3|(tt|)*3,tL", "E,t|t*12|ttL", "Et|(t|t)*2|t*2,L"]
 PATTERNS = ["*-*-", "M*-|E-*|MM", "+-+-|+-"]
 
+PLANS = {
+    "uniform": (Strategy(tp=2, dp=2, zero=1), (4,), {}),
+    "uneven": (Strategy(tp=2, dp=2, sequence_parallel=SequenceParallel.MEGATRON), (3, 1), {}),
+    "interleaved": (Strategy(dp=2, recompute=Recompute.FULL), (1, 1, 1, 1), {"pp": 2, "virtual_stages": 2}),
+    "uneven interleaved": (Strategy(cp=2), (1, 2, 1, 1), {"pp": 2, "virtual_stages": 2}),
+    "selective": (Strategy(dp=2, recompute=Recompute.SELECTIVE), (2, 2), {}),
+}
+
+
+def plan_named(name: str) -> Plan:
+    strategy, counts, settings = PLANS[name]
+    stages = tuple(
+        StagePlan(layers=(LayerPlan(kind=LayerKind.BLOCK, strategy=strategy),) * count) for count in counts
+    )
+    base = replace(strategy, recompute=Recompute.NONE)
+    values = {"pp": len(counts), "micro_batch_size": 2, "micro_batches": 4} | settings
+    return Plan(base=base, stages=stages, **values)
+
 
 def words(*parts: str) -> list[str]:
     return " ".join(parts).split()
@@ -80,6 +100,13 @@ def megatron(tmp_path_factory: pytest.TempPathFactory) -> dict:
         "frequencies": FREQUENCIES,
         "layouts": LAYOUTS,
         "patterns": PATTERNS,
+        "pipelines": [
+            [
+                [*words(SIZES, CPU), "--num-layers", str(len(plan.layers)), *command_line(plan)],
+                plan.world_size,
+            ]
+            for plan in map(plan_named, PLANS)
+        ],
         "models": [words(SIZES, CPU, feature) for feature in FEATURES.values()],
     }
     folder = tmp_path_factory.mktemp("megatron")
@@ -152,6 +179,24 @@ def test_notations_are_megatrons(megatron: dict) -> None:
     assert [list(layout_stage_layers(layout)) for layout in LAYOUTS] == counts
     parsed = [hybrid_pattern(pattern) for pattern in PATTERNS]
     assert [[len(p.symbols), len(p.segment_layers)] for p in parsed] == megatron["patterns"]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_megatron_understands_the_arguments_of_a_plan(megatron: dict, name: str) -> None:
+    plan = plan_named(name)
+    theirs = megatron["pipelines"][list(PLANS).index(name)]
+    assert runs_on_stock_megatron(plan)
+    assert (theirs["dp"], theirs["virtual_stages"]) == (plan.base.dp, plan.virtual_stages)
+    assert theirs["micro_batches"] == plan.micro_batches
+    assert theirs["distributed_optimizer"] == (plan.base.zero == 1)
+    assert theirs["sequence_parallel"] == (plan.base.sequence_parallel is SequenceParallel.MEGATRON)
+    recompute = {Recompute.FULL: "full", Recompute.SELECTIVE: "selective"}
+    assert theirs["recompute"][0] == recompute.get(plan.layers[0].strategy.recompute)
+    counts = [len(stage.layers) for stage in plan.stages]
+    if len(set(counts)) > 1:
+        assert theirs["stage_layers"] == [counts[rank :: plan.pp] for rank in range(plan.pp)]
+    else:
+        assert theirs["stage_layers"] is None
 
 
 def test_swiglu_width_and_vocabulary_padding() -> None:

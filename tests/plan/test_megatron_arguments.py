@@ -131,10 +131,12 @@ def test_layers_that_differ_need_the_runtime() -> None:
         micro_batch_size=4,
         micro_batches=2,
         base=STRATEGY,
-        stages=(layers(STRATEGY, Strategy(tp=1, dp=8, zero=1)),),
+        stages=(layers(FULL, Strategy(tp=1, dp=8, zero=1, recompute=Recompute.FULL)),),
     )
     assert not runs_on_stock_megatron(plan)
-    assert given_arguments(plan)["tensor_model_parallel_size"] == 2
+    arguments = given_arguments(plan)
+    assert arguments["tensor_model_parallel_size"] == 2
+    assert "recompute_granularity" not in arguments
 
 
 def test_layers_of_no_one_model_are_refused() -> None:
