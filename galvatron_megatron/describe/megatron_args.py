@@ -5,14 +5,13 @@ The rules for values that are not given are those of Megatron-LM core_v0.19 (``v
 the values are there already and the same rules change nothing.
 """
 
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from galvatron_megatron.describe.command_line import parse_command_line, plan_constraints, read_command_line
 from galvatron_megatron.describe.layer_pattern import hybrid_pattern, moe_layers
 from galvatron_megatron.describe.megatron_flags import FLAG_OF, option
 from galvatron_megatron.describe.model import Attention, Experts, Layer, Mamba, Mlp, Model
+from galvatron_megatron.describe.vocabulary import vocabulary
 from galvatron_megatron.errors import DescriptionError
 from galvatron_megatron.plan.layer_kind import LayerKind
 
@@ -57,7 +56,7 @@ def model_from_arguments(
     pattern = get("hybrid_layer_pattern") or get("hybrid_override_pattern")
     layers = _hybrid_layers(get, str(pattern)) if pattern is not None else _gpt_layers(get)
     seq_length = _first(get, "seq_length", "encoder_seq_length")
-    size, divisor = _vocabulary(get, vocab_size)
+    size, divisor = vocabulary(get, vocab_size)
     precision = "bf16" if get("bf16") else "fp16" if get("fp16") else "fp32"
     hidden_size = _required(get, "hidden_size")
     return Model(
@@ -240,42 +239,3 @@ def _has_fused_attention(get: _Get, precision: str) -> bool:
     backend = get("attention_backend")
     backend = getattr(backend, "name", backend)
     return get("transformer_impl") != "local" and backend not in ("unfused", "local") and precision != "fp32"
-
-
-def _vocabulary(get: _Get, known: int | None) -> tuple[int, int]:
-    """Vocabulary before padding, and the divisor it is padded to."""
-    divisor = get("make_vocab_size_divisible_by")
-    size = known or get("vocab_size")
-    padded = get("padded_vocab_size")
-    if padded is not None:
-        multiple = divisor * get("tensor_model_parallel_size")
-        if size is not None and -(-size // multiple) * multiple == padded:
-            return size, divisor
-        # Megatron takes it as it is and pads no more.
-        return padded, 1
-    if size is None:
-        size = _tokenizer_vocabulary(get)
-    return size, divisor if get("pad_vocab_size") else 1
-
-
-def _tokenizer_vocabulary(get: _Get) -> int:
-    """Counts the entries of the tokenizer's files, where they are JSON and lie on this machine."""
-    vocab_file, model = get("vocab_file"), get("tokenizer_model")
-    try:
-        if vocab_file is not None and Path(str(vocab_file)).suffix == ".json":
-            return len(json.loads(Path(str(vocab_file)).read_text(encoding="utf-8")))
-        tokenizer = Path(str(model)) / "tokenizer.json" if model is not None else None
-        if tokenizer is not None and tokenizer.is_file():
-            content = json.loads(tokenizer.read_text(encoding="utf-8"))
-            vocabulary = content["model"]["vocab"]
-            entries = set(vocabulary) if isinstance(vocabulary, dict) else {entry[0] for entry in vocabulary}
-            return len(entries | {entry["content"] for entry in content.get("added_tokens", ())})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DescriptionError(
-            f"tokenizer of the command line: cannot count its vocabulary ({error}); valid: "
-            f"{option('vocab_size')} as well"
-        ) from error
-    raise DescriptionError(
-        "model vocab_size: the command line does not say it and the tokenizer's files are not at hand; "
-        f"valid: {option('vocab_size')} or {option('padded_vocab_size')}"
-    )

@@ -240,24 +240,38 @@ def test_experts_alternate_with_dense_blocks() -> None:
     assert model.layers[0].experts.ffn_hidden_size == 256
 
 
+def vocabulary(*flags: str, known: int | None = None) -> int:
+    base = SIZES.replace("--vocab-size 300", "").replace("--tokenizer-type NullTokenizer", "")
+    return model_from_arguments(parse_command_line(words(base, *flags)), vocab_size=known).vocab_size
+
+
 def test_vocabulary_from_the_tokenizers_files(tmp_path: Path) -> None:
-    base = SIZES.replace("--vocab-size 300", "")
     (tmp_path / "vocab.json").write_text(json.dumps({f"t{i}": i for i in range(50)}))
-    flags = f"--vocab-file {tmp_path / 'vocab.json'}"
-    assert model_from_arguments(parse_command_line(words(base, flags))).vocab_size == 50
+    bpe = f"--tokenizer-type GPT2BPETokenizer --vocab-file {tmp_path / 'vocab.json'}"
+    assert vocabulary(bpe) == 50
     tokenizer = {
         "model": {"vocab": {"a": 0, "b": 1}},
         "added_tokens": [{"id": 2, "content": "<s>"}, {"id": 1, "content": "b"}],
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    flags = f"--tokenizer-model {tmp_path}"
-    assert model_from_arguments(parse_command_line(words(base, flags))).vocab_size == 3
-    assert model_from_arguments(parse_command_line(words(base)), vocab_size=77).vocab_size == 77
-    with pytest.raises(DescriptionError, match=r"vocab_size.*--vocab-size or --padded-vocab-size"):
-        model_from_arguments(parse_command_line(words(base)))
+    own = f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {tmp_path}"
+    assert vocabulary(own) == 3
+    # As in Megatron, such a tokenizer has a vocabulary of its own, whatever the flag says.
+    assert vocabulary(own, "--vocab-size 300") == 3
+    assert vocabulary(own, known=77) == 77
     (tmp_path / "tokenizer.json").write_text("[]")
     with pytest.raises(DescriptionError, match="cannot count"):
-        model_from_arguments(parse_command_line(words(base, flags)))
+        vocabulary(own)
+
+
+def test_vocabulary_where_the_tokenizers_files_are_elsewhere() -> None:
+    absent = "--tokenizer-type Llama2Tokenizer --tokenizer-model /absent/tokenizer.model"
+    assert vocabulary(absent, "--vocab-size 32000") == 32000
+    assert vocabulary(absent, "--padded-vocab-size 32768") == 32768
+    assert vocabulary("--tokenizer-type TikTokenizer") == 131072
+    for flags in (absent, "--tokenizer-type NullTokenizer", ""):
+        with pytest.raises(DescriptionError, match=r"vocab_size.*--vocab-size or --padded-vocab-size"):
+            vocabulary(flags)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from galvatron_megatron.cost.counts import embedding_counts, head_counts, layer_counts
 from galvatron_megatron.describe.model import Attention, Experts, Layer, Mamba, Mlp, Model
 from galvatron_megatron.describe.model_file import (
     model_from_dict,
@@ -16,6 +17,7 @@ from galvatron_megatron.describe.model_file import (
 )
 from galvatron_megatron.errors import DescriptionError
 from galvatron_megatron.plan.layer_kind import LayerKind
+from galvatron_megatron.plan.strategy import Strategy
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "models"
 
@@ -57,6 +59,16 @@ def test_shipped_models(name: str) -> None:
     assert attention.heads * attention.head_dim == hidden
     # 12 h^2 weights and 13 h biases and norms a block, 2 h for the last norm: arXiv 2104.04473, equation 2.
     assert model.parameter_count() == layers * (12 * hidden**2 + 13 * hidden) + (50257 + 2048 + 2) * hidden
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_two_counts_of_parameters_agree(name: str) -> None:
+    model, alone = read_model(SHIPPED / f"{name}.yaml"), Strategy()
+    counts = [(layer_counts(model, layer, alone, 1), times) for layer, times in model.layer_runs()]
+    counts += [(embedding_counts(model, alone, 1), 1), (head_counts(model, alone, 1), 1)]
+    shared = model.padded_vocab_size(1) * model.hidden_size if model.tied_embeddings else 0
+    total = sum(count.parameters * times for count, times in counts) - shared
+    assert total == model.parameter_count(tp=1)
 
 
 positive = st.integers(1, 64)
