@@ -8,6 +8,7 @@ what Megatron's local layers keep, tensor by tensor as autograd saves them.
 from galvatron_megatron.cost.counts_attention import attention
 from galvatron_megatron.cost.counts_builder import Builder, Shapes
 from galvatron_megatron.cost.counts_ends import embedding, head
+from galvatron_megatron.cost.counts_latent import latent_attention
 from galvatron_megatron.cost.counts_mlp import mixture_of_experts, mlp
 from galvatron_megatron.cost.counts_values import Collective, LayerCounts, Operator
 from galvatron_megatron.describe.model import Layer, Model
@@ -41,7 +42,7 @@ def layer_counts(
     if layer.kind is LayerKind.MAMBA:
         raise DescriptionError("counts layer: no closed form for 'mamba'; valid: trace it")
     if layer.attention is not None:
-        attention(builder, layer.attention)
+        (latent_attention if layer.attention.is_latent else attention)(builder, layer.attention)
     if layer.mlp is not None:
         mlp(builder, layer.mlp)
     if layer.experts is not None:

@@ -1,9 +1,9 @@
-"""Closed-form counts of norms, attention and the residual addition."""
+"""Closed-form counts of norms, self-attention and the residual addition."""
 
 from galvatron_megatron.cost.counts_builder import Builder
-from galvatron_megatron.cost.counts_values import Operator, gemm
+from galvatron_megatron.cost.counts_core import core_attention
 from galvatron_megatron.describe.model import Attention
-from galvatron_megatron.errors import DescriptionError
+from galvatron_megatron.plan.strategy import Recompute
 
 
 def norm(b: Builder, name: str, input_name: str) -> None:
@@ -36,18 +36,13 @@ def residual_add(b: Builder, name: str) -> None:
 def attention(b: Builder, part: Attention) -> None:
     """Norm, projections, core attention and residual addition of self-attention."""
     shapes, model = b.shapes, b.shapes.model
-    tokens, stream, size, hidden = (
-        shapes.gemm_tokens,
-        shapes.stream_tokens,
-        shapes.element_bytes,
-        model.hidden_size,
-    )
+    tokens, size, hidden = shapes.gemm_tokens, shapes.element_bytes, model.hidden_size
     heads = shapes.per_shard(part.heads, "attention heads")
     groups = shapes.per_shard(part.query_groups, "query_groups")
     query, key = heads * part.head_dim, groups * part.head_dim
 
     norm(b, "attention norm", "attention input")
-    b.keep("attention norm output", stream * hidden * size)
+    b.keep("attention norm output", shapes.stream_tokens * hidden * size)
     b.enter_tensor_parallel()
     b.parameter((query + 2 * key) * hidden, sharded=True)
     if part.qkv_bias:
@@ -57,15 +52,65 @@ def attention(b: Builder, part: Attention) -> None:
         _qk_norm(b, part, heads, groups)
     if model.position_embedding == "rope":
         b.memory("rotary embedding", 2 * tokens * (query + key) * size, 2 * tokens * (query + key) * size)
+        keep_rotary(b, part.head_dim)
+    _keep_query_key_value(b, part, heads, groups)
     core_attention(
         b, heads=part.heads, groups=part.query_groups, head_dim=part.head_dim, v_head_dim=part.head_dim
     )
-    b.parameter(hidden * query, sharded=True)
-    if part.output_bias:
+    output_projection(b, query, bias=part.output_bias)
+
+
+def output_projection(b: Builder, width: int, *, bias: bool) -> None:
+    """Row-parallel linear from ``width`` features of this rank, and the residual addition."""
+    hidden = b.shapes.model.hidden_size
+    b.parameter(hidden * width, sharded=True)
+    if bias:
         b.parameter(hidden, sharded=False)
-    b.linear("output projection", tokens, hidden, query)
+    b.linear("output projection", b.shapes.gemm_tokens, hidden, width)
     b.leave_tensor_parallel()
     residual_add(b, "attention residual")
+
+
+def keep_rotary(b: Builder, rotary_dim: int) -> None:
+    """Megatron's unfused rotary embedding keeps sine and cosine for query and key; a fused kernel does not."""
+    shapes = b.shapes
+    if not shapes.fused:
+        sequence = shapes.model.seq_length // shapes.strategy.cp
+        b.keep("rotary sine and cosine", 4 * sequence * rotary_dim * shapes.element_bytes)
+
+
+def _keep_query_key_value(b: Builder, part: Attention, heads: int, groups: int) -> None:
+    """Keeps what norms and core attention read.
+
+    Fused kernels get query, key and value as tensors of their own. Megatron's local layers cut views out of the
+    projection's output, which then lives as a whole beside whatever was copied from it: the query by the
+    reshape of grouped heads, query and key by norms and rotary embedding. Unfused attention repeats grouped
+    keys and values for every head.
+    """
+    shapes = b.shapes
+    token = shapes.gemm_tokens * part.head_dim * shapes.element_bytes
+    sizes = {
+        "query, key and value": token * (heads + 2 * groups),
+        "query of grouped heads": token * heads,
+        "rotated or normed query": token * heads,
+        "rotated or normed key": token * groups,
+        "key and value, repeated": 2 * token * heads,
+    }
+    projected, regrouped, query, key, repeated = sizes
+    kept = {projected}
+    if not shapes.fused:
+        source = regrouped if groups > 1 and heads > groups else projected
+        renewed = part.qk_layernorm or shapes.model.position_embedding == "rope"
+        repeats = heads > groups and not shapes.model.fused_attention
+        in_core = {query if renewed else source}
+        if repeats and shapes.strategy.recompute is not Recompute.SELECTIVE:
+            in_core.add(repeated)
+        else:
+            in_core |= {key if renewed else projected, projected}
+        kept = in_core | ({source, projected} if part.qk_layernorm else set())
+    for name, size in sizes.items():
+        if name in kept:
+            b.keep(name, size)
 
 
 def _qk_norm(b: Builder, part: Attention, heads: int, groups: int) -> None:
@@ -74,85 +119,7 @@ def _qk_norm(b: Builder, part: Attention, heads: int, groups: int) -> None:
     b.parameter(*[part.head_dim] * (2 * statistics), sharded=False)
     rows = shapes.gemm_tokens * (heads + groups)
     elements = rows * part.head_dim * shapes.element_bytes
-    b.keep("query and key before their norm", elements)
+    if shapes.fused:
+        b.keep("query and key before their norm", elements)
     b.keep("query and key norm statistics", statistics * 4 * rows)
     b.memory("query and key norm", 2 * elements, 3 * elements)
-
-
-def core_attention(b: Builder, *, heads: int, groups: int, head_dim: int, v_head_dim: int) -> None:
-    """Softmax(Q K^T) V with fused kernels or with a kept score matrix; heads are those of the whole layer."""
-    shapes, model, strategy = b.shapes, b.shapes.model, b.shapes.strategy
-    size = shapes.element_bytes
-    if heads % strategy.tp or (groups % strategy.tp and not shapes.is_ulysses):
-        raise DescriptionError(
-            f"counts attention heads: {heads}/{groups} are not divisible by tp {strategy.tp}"
-        )
-    heads, groups = heads // strategy.tp, max(1, groups // strategy.tp)
-    seq_q = model.seq_length // strategy.cp
-    seq_k = model.seq_length
-    tokens = shapes.cp_tokens
-    query, key, value = (
-        tokens * heads * head_dim * size,
-        tokens * groups * head_dim * size,
-        tokens * groups * v_head_dim * size,
-    )
-    output = tokens * heads * v_head_dim * size
-    _exchange(b, query + key + value, output, key + value)
-    b.keep("query, key and value", query + key + value)
-    b.keep("attention output", output)
-    scores = shapes.samples * heads * seq_q * seq_k
-    if not model.fused_attention:
-        _score_matrix(b, heads, scores, seq_q, seq_k, head_dim, v_head_dim)
-        return
-    if shapes.fused and shapes.samples > 1:
-        # Flash attention keeps its output batch-first; the output projection keeps it again sequence-first.
-        b.keep("attention output, batch first", output)
-    b.keep("attention log-sum-exp", shapes.samples * heads * seq_q * 4, in_core_attention=True)
-    shape = (shapes.samples, heads, groups, seq_q, seq_k, head_dim)
-    pair = 2 * scores
-    traffic = query + key + value + output
-    b.recomputed.add("core attention")
-    b.operators += [
-        Operator(
-            name="core attention",
-            kind="attention",
-            phase=phase,
-            flops=pair * (qk * head_dim + av * v_head_dim),
-            bytes=factor * traffic,
-            shape=shape,
-        )
-        for phase, qk, av, factor in (("forward", 1, 1, 1), ("backward", 3, 2, 2))
-    ]
-
-
-def _score_matrix(
-    b: Builder, heads: int, scores: int, seq_q: int, seq_k: int, head_dim: int, v_head_dim: int
-) -> None:
-    """Unfused attention keeps softmax, dropout mask and dropped softmax (arXiv 2205.05198, 5as/h)."""
-    size, model = b.shapes.element_bytes, b.shapes.model
-    batch = b.shapes.samples * heads
-    fp32_softmax = 4 if not b.shapes.fused and size != 4 else 0
-    b.keep("attention probabilities", scores * (size + fp32_softmax), in_core_attention=True)
-    if model.attention_dropout > 0:
-        b.keep("attention dropout", scores * (size + 1), in_core_attention=True)
-        b.memory("attention dropout", scores * (2 * size + 1), scores * (2 * size + 1))
-    b.recomputed |= {"attention scores", "attention softmax", "attention dropout", "attention context"}
-    b.memory("attention softmax", 2 * scores * size, 3 * scores * size)
-    for name, n, k in (("attention scores", seq_k, head_dim), ("attention context", v_head_dim, seq_k)):
-        b.operators += [
-            gemm(name, "forward", batch, seq_q, n, k, element_bytes=size),
-            gemm(name, "backward", batch, seq_q, k, n, element_bytes=size),
-            gemm(name, "backward", batch, k, n, seq_q, element_bytes=size),
-        ]
-
-
-def _exchange(b: Builder, qkv: int, output: int, key_value: int) -> None:
-    """Ulysses' all-to-alls (arXiv 2309.14509) and the ring of context parallelism (arXiv 2310.01889)."""
-    strategy = b.shapes.strategy
-    if b.shapes.is_ulysses:
-        for phase in ("forward", "backward"):
-            b.collective("all_to_all", "tp", phase, qkv)
-            b.collective("all_to_all", "tp", phase, output)
-    if strategy.cp > 1:
-        b.collective("send", "cp", "forward", key_value, strategy.cp - 1)
-        b.collective("send", "cp", "backward", 2 * key_value, strategy.cp - 1)

@@ -147,29 +147,37 @@ class Builder:
         """Adds a collective; ``bytes_`` of the full buffer."""
         self.collectives.append(Collective(kind=kind, group=group, phase=phase, bytes=bytes_, count=count))
 
-    def enter_tensor_parallel(self) -> None:
-        """In front of a column-parallel linear: gathers the stream, reduces its gradient."""
-        self._boundary(forward=("all_gather",), backward=("reduce_scatter",), plain="backward")
-        if self.shapes.is_megatron_sp:
-            self.collective("all_gather", "tp", "weight_gradient", self._stream_bytes())
+    def enter_tensor_parallel(self, width: int = 0) -> None:
+        """In front of a column-parallel linear: gathers its input, reduces the input's gradient.
+
+        Args:
+            width: features of a token; the hidden size by default.
+        """
+        size = self._token_bytes(width)
+        if self.shapes.strategy.weight_shards == 1:
+            return
+        if not self.shapes.is_megatron_sp:
+            self.collective("all_reduce", "tp", "backward", size)
+            return
+        self.collective("all_gather", "tp", "forward", size)
+        self.collective("reduce_scatter", "tp", "backward", size)
+        # The gathered input is not kept but gathered again for the weight gradient.
+        self.collective("all_gather", "tp", "weight_gradient", size)
 
     def leave_tensor_parallel(self) -> None:
         """Behind a row-parallel linear: reduces the output, gathers its gradient."""
-        self._boundary(forward=("reduce_scatter",), backward=("all_gather",), plain="forward")
-
-    def _stream_bytes(self) -> int:
-        shapes = self.shapes
-        return shapes.cp_tokens * shapes.model.hidden_size * shapes.element_bytes
-
-    def _boundary(self, *, forward: tuple[str, ...], backward: tuple[str, ...], plain: str) -> None:
+        size = self._token_bytes(0)
         if self.shapes.strategy.weight_shards == 1:
             return
-        if self.shapes.is_megatron_sp:
-            for phase, kinds in (("forward", forward), ("backward", backward)):
-                for kind in kinds:
-                    self.collective(kind, "tp", phase, self._stream_bytes())
-        else:
-            self.collective("all_reduce", "tp", plain, self._stream_bytes())
+        if not self.shapes.is_megatron_sp:
+            self.collective("all_reduce", "tp", "forward", size)
+            return
+        self.collective("reduce_scatter", "tp", "forward", size)
+        self.collective("all_gather", "tp", "backward", size)
+
+    def _token_bytes(self, width: int) -> int:
+        shapes = self.shapes
+        return shapes.cp_tokens * (width or shapes.model.hidden_size) * shapes.element_bytes
 
     def counts(self, *, input_name: str) -> LayerCounts:
         """The sum, after recomputation.
@@ -186,6 +194,9 @@ class Builder:
             kept = {input_name: kept[input_name]}
         elif mode is Recompute.SELECTIVE:
             operators = [*operators, *self._again(op for op in operators if op.name in self.recomputed)]
+            if self.dropped and not self.shapes.fused:
+                # Megatron hands the kind of mask to its checkpoint function as a tensor of one int32.
+                kept = kept | {"attention mask kind": 4}
             transient = max(transient, sum(size for name, size in kept.items() if name in self.dropped))
             kept = {name: size for name, size in kept.items() if name not in self.dropped}
         return LayerCounts(

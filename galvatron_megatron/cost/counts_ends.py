@@ -14,6 +14,8 @@ def embedding(b: Builder) -> None:
     if learned:
         b.parameter((model.max_position_embeddings or model.seq_length) * hidden, sharded=False)
     b.keep("embedding input", 8 * shapes.gemm_tokens * (2 if learned else 1))
+    if shards > 1:
+        b.keep("mask of other ranks' tokens", tokens)
     output = tokens * hidden * size
     b.memory("embedding", 2 * output, 2 * output)
     b.peak(2 * output)

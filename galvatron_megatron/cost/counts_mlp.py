@@ -48,19 +48,38 @@ def mixture_of_experts(b: Builder, part: Experts) -> None:
     b.keep("mlp norm output", stream * hidden * size)
     b.parameter(part.count * hidden, sharded=False)
     b.linear("router", stream, part.count, hidden)
-    b.keep("router probabilities", stream * part.count * 4)
-    routed = stream * part.top_k * hidden * size
-    b.memory("permutation", 2 * routed, 2 * routed)
-    b.enter_tensor_parallel()
+    routed = stream * part.top_k
+    # Chosen experts and their probabilities, routing map, sorted indices of permutation and its inverse.
+    b.keep("routing", routed * (8 + 4) + stream * part.count + 2 * 8 * routed)
+    b.memory("permutation", 2 * routed * hidden * size, 2 * routed * hidden * size)
     rows = -(-tokens * part.top_k // part.count)
+    _dispatch(b, part.count * rows, "forward", "backward")
     b.keep("permuted tokens", part.count * rows * hidden * size)
+    b.keep("permuted probabilities", part.count * rows * size)
     width = shapes.per_shard(part.ffn_hidden_size, "expert ffn_hidden_size")
     feed_forward(b, "expert", rows, width, gated=part.gated, bias=part.bias, experts=part.count)
-    b.leave_tensor_parallel()
-    b.memory("unpermutation", 2 * routed, 2 * routed)
+    _dispatch(b, part.count * rows, "backward", "forward")
+    b.memory("unpermutation", 2 * routed * hidden * size, 2 * routed * hidden * size)
     if part.shared_ffn_hidden_size:
         b.enter_tensor_parallel()
         width = shapes.per_shard(part.shared_ffn_hidden_size, "shared ffn_hidden_size")
         feed_forward(b, "shared expert", tokens, width, gated=part.gated, bias=part.bias)
         b.leave_tensor_parallel()
     residual_add(b, "mlp residual")
+
+
+def _dispatch(b: Builder, rows: int, gathered: str, reduced: str) -> None:
+    """Gathers the routed tokens of the tp group for its experts, and reduces the other way.
+
+    The permuted tokens are kept as gathered, so nothing is gathered again for the weight gradient.
+    """
+    shapes = b.shapes
+    if shapes.strategy.weight_shards == 1 or not shapes.is_megatron_sp:
+        return
+    size = rows * shapes.model.hidden_size * shapes.element_bytes
+    b.collective("all_gather", "tp", gathered, size)
+    b.collective("reduce_scatter", "tp", reduced, size)
+    if gathered == "forward":
+        probabilities = rows * shapes.element_bytes
+        b.collective("all_gather", "tp", "forward", probabilities)
+        b.collective("reduce_scatter", "tp", "backward", probabilities)
