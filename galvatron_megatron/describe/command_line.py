@@ -133,6 +133,7 @@ _UNPLANNED = {
     "use_tp_pp_dp_mapping": "leave it out; ranks are laid out tp-cp-dp-pp",
     "account_for_embedding_in_pipeline_split": "leave it out; the plan balances the stages",
     "account_for_loss_in_pipeline_split": "leave it out; the plan balances the stages",
+    "moe_layer_recompute": "leave it out, or use --recompute-granularity",
     "distribute_saved_activations": "leave it out, or use --sequence-parallel",
     "step_batch_size_schedule": "a fixed --global-batch-size",
 }
@@ -142,9 +143,9 @@ def _refuse_unplanned(given: Mapping[str, object]) -> None:
     for dest, valid in _UNPLANNED.items():
         if given.get(dest):
             raise PlanError(f"{option(dest)} is not planned for; valid: {valid}")
-    experts = given.get("expert_model_parallel_size", 1)
-    if experts != 1:
-        raise PlanError(f"{option('expert_model_parallel_size')}: {experts} is not planned for; valid: 1")
+    for dest in ("expert_model_parallel_size", "num_distributed_optimizer_instances"):
+        if given.get(dest, 1) != 1:
+            raise PlanError(f"{option(dest)}: {given[dest]} is not planned for; valid: 1")
     tp = given.get("tensor_model_parallel_size")
     for dest in ("expert_tensor_parallel_size", "tensor_parallel_num_weight_shards"):
         if given.get(dest) not in (None, tp):

@@ -173,6 +173,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--recompute-granularity",), "recompute_granularity", "str", choices=("full", "selective")),
     Flag(("--recompute-method",), "recompute_method", "str", choices=("uniform", "block")),
     Flag(("--recompute-num-layers",), "recompute_num_layers", "int"),
+    Flag(("--moe-layer-recompute",), "moe_layer_recompute", "on"),
     Flag(("--recompute-modules",), "recompute_modules", "str", nargs="+"),
     Flag(("--distribute-saved-activations",), "distribute_saved_activations", "on"),
 )

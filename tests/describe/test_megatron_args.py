@@ -351,6 +351,8 @@ def test_stages_laid_out_by_hand(flags: str, stages: tuple[int, ...] | None) -> 
         "--use-tp-pp-dp-mapping",
         "--account-for-loss-in-pipeline-split",
         "--expert-model-parallel-size 2",
+        "--num-distributed-optimizer-instances 2",
+        "--moe-layer-recompute",
         "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1",
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2",
         "--recompute-granularity full --recompute-method block",
