@@ -36,7 +36,7 @@ class PartPoint:
     micro_batch_size: int
     """Samples per micro-batch of one data-parallel rank."""
     forward_seconds: float = 0.0
-    """Median over repeats, maximum over ranks, with every rank of the job busy at the same time."""
+    """Lower quartile over repeats, maximum over ranks, with every rank of the job busy at the same time."""
     backward_seconds: float = 0.0
     """Includes recomputation and the accumulation of gradients into Megatron's gradient buffer."""
     spread: float = 0.0
@@ -113,7 +113,7 @@ class CollectiveCurve:
     residual: float
     """Root mean square of the relative error of latency + bytes * seconds_per_byte at the points."""
     points: tuple[tuple[int, float], ...]
-    """(message bytes, median seconds), by rising size."""
+    """(message bytes, seconds), by rising size: lower quartile over repeats, maximum over ranks."""
     source: str = "measured"
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from galvatron_megatron.describe.profile import CollectiveCurve
 from galvatron_megatron.profiler.clock import Clock
-from galvatron_megatron.profiler.fit import latency_bandwidth, median_and_spread
+from galvatron_megatron.profiler.fit import latency_bandwidth, undisturbed
 
 SMALLEST_BYTES = 1 << 10
 GROWTH = 8
@@ -101,7 +101,7 @@ def _operation(collective: str, group: dist.ProcessGroup, count: int) -> Callabl
 def _measure_size(
     operation: Callable[[], None], clock: Clock, group: dist.ProcessGroup, budget_seconds: float
 ) -> float:
-    """Median seconds of one call, the slowest rank's; as many repeats as the budget allows."""
+    """Undisturbed seconds of one call on this rank; as many repeats as the budget allows."""
     for _ in range(2):
         operation()
     clock.synchronize()
@@ -118,8 +118,7 @@ def _measure_size(
         operation()
         marks.append(clock.mark())
     clock.synchronize()
-    median, _ = median_and_spread([clock.seconds(a, b) for a, b in pairwise(marks)])
-    return median
+    return undisturbed([clock.seconds(a, b) for a, b in pairwise(marks)])[0]
 
 
 def measure_curve(
@@ -142,7 +141,7 @@ def measure_curve(
         seconds_per_size: time to spend on one message size.
 
     Returns:
-        The curve, equal on every rank: the median over repeats, the maximum over ranks.
+        The curve, equal on every rank: the lower quartile over repeats, the maximum over ranks.
     """
     world_size, rank = dist.get_world_size(), dist.get_rank()
     groups = shape.groups(world_size)

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def median_and_spread(samples: Sequence[float]) -> tuple[float, float]:
-    """Median and relative interquartile range.
+def undisturbed(samples: Sequence[float]) -> tuple[float, float]:
+    """Time without disturbances, which only ever add to it: the lower quartile.
 
     Args:
         samples: at least one positive number.
 
     Returns:
-        The median, and (75th - 25th percentile) / median, or 0 where the median is 0.
+        The lower quartile and the relative interquartile range.
     """
-    low, middle, high = np.percentile(np.asarray(samples, dtype=float), (25, 50, 75))
-    return float(middle), float((high - low) / middle) if middle > 0 else 0.0
+    low, high = np.percentile(np.asarray(samples, dtype=float), (25, 75))
+    return float(low), float((high - low) / low) if low > 0 else 0.0
 
 
 def latency_bandwidth(points: Sequence[tuple[int, float]]) -> tuple[float, float, float]:

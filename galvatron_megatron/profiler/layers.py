@@ -1,8 +1,9 @@
 """Measures layers, embedding and head of a real Megatron model on the live ranks."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,13 +14,9 @@ from galvatron_megatron.describe.profile import EMBEDDING, HEAD, PartPoint
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
 from galvatron_megatron.profiler.clock import Clock
 from galvatron_megatron.profiler.few_layers import FewLayers
-from galvatron_megatron.profiler.fit import median_and_spread
+from galvatron_megatron.profiler.fit import undisturbed
 from galvatron_megatron.profiler.memory import MemoryMeter
 from galvatron_megatron.profiler.process_group import gather
-
-_BOUNDARIES = ("start", "decoder", "norm", "loss", "head_done", "layers_done", "end")
-"""Forward: start, first layer begins, final norm begins, loss is there; backward: the gradient has reached the
-final norm's input, the first layer's input, everything."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -76,7 +73,12 @@ def recomputing(few: FewLayers, recompute: Recompute) -> Iterator[None]:
 
 
 class _Marks:
-    """Hooks that note when forward and backward cross the boundaries between the parts."""
+    """Hooks that note when forward and backward cross the boundaries between the parts.
+
+    Forward: ``start``, ``decoder`` (the first layer begins), ``norm`` (the final norm begins), ``loss``.
+    Backward: ``head_done`` and ``layers_done`` (the gradient has reached the final norm's and the first layer's
+    input), ``end``.
+    """
 
     def __init__(self, few: FewLayers, take: Any) -> None:
         self.seen: dict[str, Any] = {}
@@ -120,74 +122,132 @@ def _run_once(few: FewLayers, batch: _Batch, take: Any) -> dict[str, Any]:
     return marks.seen
 
 
-def measure_parts(
-    few: FewLayers,
-    layer_name: str,
-    *,
-    tp: int,
-    sequence_parallel: SequenceParallel,
-    recompute: Recompute,
-    micro_batch_size: int,
-    seq_length: int,
-    budget_seconds: float,
-) -> list[PartPoint]:
-    """Measures forward, backward and memory of one setting; every rank of the job calls this.
+@dataclass(kw_only=True)
+class PartMeasurement:
+    """One setting of a model of a few layers, measured in rounds; every rank of the job makes the same calls.
 
-    Args:
-        few: the model; its layers are all of one kind.
-        layer_name: digest of that kind.
-        tp: as ``few`` was built.
-        sequence_parallel: as ``few`` was built.
-        recompute: what to recompute.
-        micro_batch_size: samples.
-        seq_length: tokens of a sample.
-        budget_seconds: time for the repeats; at least three are made.
-
-    Returns:
-        Points of the embedding, the layer and the head (embedding and head only without recomputation, which
-        does not touch them). Where any rank ran out of memory, all points carry the failure.
+    A disturbance (another process, a clock that changes) lasts longer than one setting takes, so the settings
+    of a model are measured in turn and then once more. As a disturbance only ever adds time, the lower quartile
+    of all samples is the result.
     """
-    keys = {
-        "tp": tp,
-        "sequence_parallel": sequence_parallel,
-        "recompute": recompute,
-        "micro_batch_size": micro_batch_size,
-    }
-    names = [layer_name] if recompute is not Recompute.NONE else [EMBEDDING, layer_name, HEAD]
-    failure, numbers = "", {}
-    try:
-        with recomputing(few, recompute):
-            batch = make_batch(few, micro_batch_size, seq_length)
-            numbers = _measure(few, batch, budget_seconds)
-    except torch.OutOfMemoryError:
-        failure = "out of memory"
-        torch.cuda.empty_cache()
-    few.ddp.zero_grad_buffer()
-    answers = gather((failure, numbers))
-    failures = [answer for answer, _ in answers if answer]
-    if failures:
-        return [PartPoint(part=name, failure=failures[0], **keys) for name in names]
-    parameters = _parameters(few)
-    points = []
-    for name in names:
-        part = "layer" if name == layer_name else name
-        worst = max(
-            (numbers[part] for _, numbers in answers), key=lambda entry: entry["forward"] + entry["backward"]
+
+    few: FewLayers
+    """The model; its layers are all of one kind."""
+    layer_name: str
+    """Digest of that kind."""
+    tp: int
+    sequence_parallel: SequenceParallel
+    recompute: Recompute
+    micro_batch_size: int
+    seq_length: int
+    failure: str = ""
+    _memory: dict[str, tuple[int, int]] | None = None
+    _samples: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def round(self, budget_seconds: float) -> list[PartPoint]:
+        """Measures once more.
+
+        Args:
+            budget_seconds: time for the repeats; at least two are made.
+
+        Returns:
+            Points of all samples so far, for the embedding, the layer and the head (embedding and head only
+            without recomputation, which does not touch them): the maximum over ranks. Where any rank ran out of
+            memory, all points carry the failure.
+        """
+        if not self.failure:
+            try:
+                with recomputing(self.few, self.recompute):
+                    self._run(budget_seconds)
+            except torch.OutOfMemoryError:
+                self.failure = "out of memory"
+                torch.cuda.empty_cache()
+            self.few.ddp.zero_grad_buffer()
+        answers = gather((self.failure, {} if self.failure else self._numbers()))
+        self.failure = next((failure for failure, _ in answers if failure), "")
+        return self._points([numbers for _, numbers in answers])
+
+    def _run(self, budget_seconds: float) -> None:
+        clock = Clock()
+        batch = make_batch(self.few, self.micro_batch_size, self.seq_length)
+        # The first pass warms up; on the first round's, memory is read.
+        if self._memory is None:
+            with MemoryMeter() as meter:
+                start, _ = meter.read()
+                seen = _run_once(self.few, batch, meter.read)
+            self._memory = {name: (now - start, peak - start) for name, (now, peak) in seen.items()}
+        else:
+            _run_once(self.few, batch, clock.mark)
+        dist.barrier()
+        runs = [_run_once(self.few, batch, clock.mark)]
+        clock.synchronize()
+        first = torch.tensor(
+            [clock.seconds(runs[0]["start"], runs[0]["end"])], device="cuda", dtype=torch.float64
         )
-        points.append(
-            PartPoint(
-                part=name,
-                forward_seconds=max(n[part]["forward"] for _, n in answers),
-                backward_seconds=max(n[part]["backward"] for _, n in answers),
-                spread=worst["spread"],
-                activation_bytes=max(n[part]["kept"] for _, n in answers),
-                transient_bytes=max(n[part]["transient"] for _, n in answers),
-                parameters=parameters[part][0],
-                tensors=parameters[part][1],
-                **keys,
+        dist.all_reduce(first, op=dist.ReduceOp.MAX)
+        repeats = int(min(20, max(1, budget_seconds / max(first.item(), 1e-6))))
+        runs += [_run_once(self.few, batch, clock.mark) for _ in range(repeats)]
+        clock.synchronize()
+        for part, spans in self._spans().items():
+            for run in runs:
+                for phase, (start, end) in zip(("forward", "backward"), spans[:2], strict=True):
+                    self._samples[part, phase].append(clock.seconds(run[start], run[end]) / spans[2])
+
+    def _spans(self) -> dict[str, tuple[tuple[str, str], tuple[str, str], int]]:
+        """Boundaries of forward and backward of every part, and how many of the part lie between."""
+        return {
+            EMBEDDING: (("start", "decoder"), ("layers_done", "end"), 1),
+            "layer": (("decoder", "norm"), ("head_done", "layers_done"), self.few.layers),
+            HEAD: (("norm", "loss"), ("loss", "head_done"), 1),
+        }
+
+    def _numbers(self) -> dict[str, dict[str, float]]:
+        """This rank's result for every part."""
+        assert self._memory is not None
+        held = {name: now for name, (now, _) in self._memory.items()}
+        peak = {name: peak for name, (_, peak) in self._memory.items()}
+        result = {}
+        for part, (forward, backward, count) in self._spans().items():
+            kept = max(held[forward[1]] - held[forward[0]], 0)
+            above = max(peak[forward[1]], peak[backward[1]]) - held[forward[1]]
+            phases = {name: undisturbed(self._samples[part, name]) for name in ("forward", "backward")}
+            result[part] = {
+                **{name: seconds for name, (seconds, _) in phases.items()},
+                "spread": max(spread for _, spread in phases.values()),
+                "kept": kept // count,
+                "transient": max(above, 0),
+            }
+        return result
+
+    def _points(self, answers: list[dict[str, dict[str, float]]]) -> list[PartPoint]:
+        common = {
+            "tp": self.tp,
+            "sequence_parallel": self.sequence_parallel,
+            "recompute": self.recompute,
+            "micro_batch_size": self.micro_batch_size,
+        }
+        plain = self.recompute is Recompute.NONE
+        names = {self.layer_name: "layer"} | ({EMBEDDING: EMBEDDING, HEAD: HEAD} if plain else {})
+        if self.failure:
+            return [PartPoint(part=name, failure=self.failure, **common) for name in names]
+        parameters = _parameters(self.few)
+        points = []
+        for name, part in names.items():
+            worst = {key: max(numbers[part][key] for numbers in answers) for key in answers[0][part]}
+            points.append(
+                PartPoint(
+                    part=name,
+                    forward_seconds=worst["forward"],
+                    backward_seconds=worst["backward"],
+                    spread=worst["spread"],
+                    activation_bytes=int(worst["kept"]),
+                    transient_bytes=int(worst["transient"]),
+                    parameters=parameters[part][0],
+                    tensors=parameters[part][1],
+                    **common,
+                )
             )
-        )
-    return points
+        return points
 
 
 def _parameters(few: FewLayers) -> dict[str, tuple[int, int]]:
@@ -205,47 +265,3 @@ def _parameters(few: FewLayers) -> dict[str, tuple[int, int]]:
         "layer": (layers[0] // few.layers, layers[1] // few.layers),
         HEAD: (whole[0] - embedding[0] - layers[0], whole[1] - embedding[1] - layers[1]),
     }
-
-
-def _measure(few: FewLayers, batch: _Batch, budget_seconds: float) -> dict[str, dict[str, float]]:
-    clock = Clock()
-    _run_once(few, batch, clock.mark)
-    with MemoryMeter() as meter:
-        base, _ = meter.read()
-        memory = _run_once(few, batch, meter.read)
-    few.ddp.zero_grad_buffer()
-    dist.barrier()
-    warm = _run_once(few, batch, clock.mark)
-    clock.synchronize()
-    total = torch.tensor([clock.seconds(warm["start"], warm["end"])], device="cuda", dtype=torch.float64)
-    dist.all_reduce(total, op=dist.ReduceOp.MAX)
-    repeats = int(min(30, max(3, budget_seconds / max(total.item(), 1e-6))))
-    runs = []
-    for _ in range(repeats):
-        runs.append(_run_once(few, batch, clock.mark))
-    clock.synchronize()
-    spans = {
-        EMBEDDING: (("start", "decoder"), ("layers_done", "end"), 1),
-        "layer": (("decoder", "norm"), ("head_done", "layers_done"), few.layers),
-        HEAD: (("norm", "loss"), ("loss", "head_done"), 1),
-    }
-    held = {name: memory[name][0] - base for name in _BOUNDARIES}
-    peak = {name: memory[name][1] - base for name in _BOUNDARIES}
-    result = {}
-    for part, (forward, backward, count) in spans.items():
-        times = {
-            key: [clock.seconds(run[a], run[b]) / count for run in runs]
-            for key, (a, b) in (("forward", forward), ("backward", backward))
-        }
-        _, spread = median_and_spread([f + b for f, b in zip(times["forward"], times["backward"], strict=True)])
-        kept = max(held[forward[1]] - held[forward[0]], 0)
-        above_forward = peak[forward[1]] - held[forward[1]]
-        above_backward = peak[backward[1]] - held[forward[1]]
-        result[part] = {
-            "forward": median_and_spread(times["forward"])[0],
-            "backward": median_and_spread(times["backward"])[0],
-            "spread": spread,
-            "kept": kept // count,
-            "transient": max(above_forward, above_backward, 0),
-        }
-    return result

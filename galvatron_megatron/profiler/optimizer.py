@@ -1,16 +1,15 @@
 """Measures what a rank does once per step: zeroing gradients and Megatron's optimizer."""
 
-from statistics import median
-
 import torch
 import torch.distributed as dist
 
 from galvatron_megatron.describe.profile import StepPoint
 from galvatron_megatron.profiler.clock import Clock
 from galvatron_megatron.profiler.few_layers import FewLayers
+from galvatron_megatron.profiler.fit import undisturbed
 
 
-def measure_step(few: FewLayers, *, zero: int, repeats: int = 5) -> StepPoint:
+def measure_step(few: FewLayers, *, zero: int, repeats: int = 6) -> StepPoint:
     """Times the step of a model's optimizer; every rank of the job calls this.
 
     Megatron's distributed optimizer ends its step by gathering the parameters; that part is left out, it is a
@@ -19,10 +18,10 @@ def measure_step(few: FewLayers, *, zero: int, repeats: int = 5) -> StepPoint:
     Args:
         few: a model built with (zero 1) or without (zero 0) the distributed optimizer.
         zero: which of the two.
-        repeats: steps to take the median of.
+        repeats: steps to time.
 
     Returns:
-        The point: median over steps, maximum over ranks.
+        The point: lower quartile over steps, maximum over ranks.
     """
     optimizer = few.optimizer()
     for group in optimizer.param_groups:
@@ -54,7 +53,7 @@ def measure_step(few: FewLayers, *, zero: int, repeats: int = 5) -> StepPoint:
         if index:
             samples.append(clock.seconds(start, end) - sum(gathering))
     few.ddp.start_param_sync = gather_parameters
-    slowest = torch.tensor([median(samples)], device="cuda", dtype=torch.float64)
+    slowest = torch.tensor([undisturbed(samples)[0]], device="cuda", dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     trained = [p for p in few.module.parameters() if p.requires_grad]
     parameters = sum(p.numel() for p in trained)

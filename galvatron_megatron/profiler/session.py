@@ -34,7 +34,7 @@ from galvatron_megatron.profiler.few_layers import (
     megatron_state_restored,
     parallel_state_of,
 )
-from galvatron_megatron.profiler.layers import measure_parts
+from galvatron_megatron.profiler.layers import PartMeasurement
 from galvatron_megatron.profiler.needs import ProfileNeeds
 from galvatron_megatron.profiler.optimizer import measure_step
 from galvatron_megatron.profiler.process_group import agree, own_process_group
@@ -47,8 +47,10 @@ from galvatron_megatron.profiler.topology import (
     provenance_of_ranks,
 )
 
-MOST_LAYERS = 4
-"""Layers in memory at most: enough for weights to leave the processor's caches as in a real model."""
+MOST_LAYERS = 2
+"""Layers in memory at most: a layer's weights then leave the processor's caches as in a real model."""
+ROUNDS = 2
+"""How often every setting is measured, with all others of its model in between."""
 LARGEST_CPU_BYTES = 32 << 20
 LARGEST_GPU_BYTES = 1 << 30
 
@@ -97,7 +99,7 @@ def profile_live_ranks(
     memory_gb: float | None = None,
     again: bool = False,
     show: bool = True,
-    seconds_per_point: float = 0.35,
+    seconds_per_point: float = 0.25,
     timeout_seconds: float = 300.0,
 ) -> tuple[Profile, Cluster]:
     """Measures what the profile store lacks; every rank of the job calls this before Megatron initialises.
@@ -201,7 +203,7 @@ class _Run:
         self.directory = directory
         self.defaults = defaults
         self.profile = profile
-        self.seconds_per_point = 0.35
+        self.seconds_per_point = 0.25
         self._world = profile.provenance.world_size
 
     def stored_text(self, again: bool) -> tuple[str, str]:
@@ -312,19 +314,22 @@ class _Run:
                 self._keep_failure(item, name, reason)
                 progress.advance(len(item.settings) + item.step)
                 return
-            for recompute, size in item.settings:
-                points = measure_parts(
-                    few,
-                    name,
+            measurements = [
+                PartMeasurement(
+                    few=few,
+                    layer_name=name,
                     tp=item.tp,
                     sequence_parallel=item.sequence_parallel,
                     recompute=recompute,
                     micro_batch_size=size,
                     seq_length=self.model.seq_length,
-                    budget_seconds=self.seconds_per_point,
                 )
-                self.keep(parts=tuple(points))
-                progress.advance()
+                for recompute, size in item.settings
+            ]
+            for index in range(ROUNDS):
+                for measurement in measurements:
+                    self.keep(parts=tuple(measurement.round(self.seconds_per_point / ROUNDS)))
+                    progress.advance(index == ROUNDS - 1)
             if item.step:
                 self.keep(steps=(measure_step(few, zero=item.zero),))
                 progress.advance()

@@ -15,7 +15,7 @@ from galvatron_megatron.describe.cluster import Cluster, Constants, Device, Link
 from galvatron_megatron.describe.profile import Profile, Provenance
 from galvatron_megatron.errors import GalvatronError
 from galvatron_megatron.profiler.clock import Clock, on_cpu
-from galvatron_megatron.profiler.fit import median_and_spread
+from galvatron_megatron.profiler.fit import undisturbed
 from galvatron_megatron.profiler.process_group import gather
 
 
@@ -213,7 +213,7 @@ def _device_speed(size: int, copied_bytes: int) -> tuple[tuple[str, float], ...]
             end = clock.mark()
             clock.synchronize()
             times.append(clock.seconds(start, end))
-        return median_and_spread(times)[0]
+        return undisturbed(times)[0]
 
     found = []
     for kind in (torch.bfloat16, torch.float16, torch.float32):
