@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from galvatron_megatron.describe.layer_pattern import hybrid_pattern, layout_stage_layers
-from galvatron_megatron.describe.megatron_flags import FLAG_OF, FLAGS, option
+from galvatron_megatron.describe.megatron_flags import FLAGS, option
 from galvatron_megatron.errors import DescriptionError, PlanError
 from galvatron_megatron.plan.constraints import Constraints
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
@@ -151,5 +151,5 @@ def _refuse_unplanned(given: Mapping[str, object]) -> None:
         if given.get(dest) not in (None, tp):
             raise PlanError(
                 f"{option(dest)}: {given[dest]} is not planned for; "
-                f"valid: the value of {FLAG_OF['tensor_model_parallel_size'].names[0]}, or leave it out"
+                f"valid: the value of {option('tensor_model_parallel_size')}, or leave it out"
             )

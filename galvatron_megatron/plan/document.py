@@ -60,7 +60,8 @@ def read_document(path: Path | str, error: type[GalvatronError] = PlanError) -> 
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         problem = " ".join(f"{cause.problem or cause}".split())
         raise error(f"{path}: is not YAML{place}: {problem}") from None
-    except (ValueError, RecursionError, yaml.YAMLError) as cause:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as cause:
+        # PyYAML lets such errors out of values with a tag that does not fit them, e.g. "!!timestamp x".
         kind = "JSON" if path.suffix == ".json" else "YAML"
         raise error(f"{path}: is not {kind}: {' '.join(str(cause).split())}") from None
     if not isinstance(content, dict):

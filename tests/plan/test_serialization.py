@@ -103,6 +103,27 @@ def test_a_mutated_document_means_what_it_says_or_is_refused(plan: Plan, data: s
     assert str(document) == str(before)
 
 
+@settings(max_examples=200)
+@given(data=st.data(), is_json=st.booleans())
+def test_a_damaged_file_is_a_plan_or_refused(
+    data: st.DataObject, is_json: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    text = plan_to_json(PLAN) if is_json else plan_to_yaml(PLAN)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(text)))
+        cut = data.draw(st.integers(0, 3))
+        text = text[:at] + data.draw(st.text("{}[]:,-&*!|>'\"#% \n\tab01.~", max_size=3)) + text[at + cut :]
+    path = tmp_path_factory.getbasetemp() / ("damaged.json" if is_json else "damaged.yaml")
+    path.write_text(text)
+    try:
+        plan = read_plan(path)
+    except PlanError as error:
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+    else:
+        assert plan_from_dict(plan_to_dict(plan)) == plan
+
+
 @pytest.mark.parametrize("name", ["plan.yaml", "plan.yml", "plan.json"])
 def test_files(tmp_path: Path, name: str) -> None:
     write_plan(PLAN, tmp_path / name)
@@ -141,6 +162,10 @@ def test_the_plan_in_a_search_result(tmp_path: Path) -> None:
         ("pp: !!python/object/apply:os.system ['true']\n", "is not YAML"),
         ("schema_version: 2\nstrange: 1\n", "schema_version: 2 is not readable"),
         ("{1: 2}\n", "unknown key 1"),
+        (
+            plan_to_yaml(PLAN).split("stages")[0] + "stages: &x [*x]\n",
+            "stages[0][0]: [[...]]; valid: a mapping",
+        ),
     ],
 )
 def test_bad_files_are_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
