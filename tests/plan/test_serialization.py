@@ -163,7 +163,7 @@ def test_the_plan_in_a_search_result(tmp_path: Path) -> None:
         ("schema_version: 2\nstrange: 1\n", "schema_version: 2 is not readable"),
         ("{1: 2}\n", "unknown key 1"),
         (
-            plan_to_yaml(PLAN).split("stages")[0] + "stages: &x [*x]\n",
+            plan_to_yaml(PLAN).split("\nstages")[0] + "\nstages: &x [*x]\n",
             "stages[0][0]: [[...]]; valid: a mapping",
         ),
     ],
