@@ -81,7 +81,11 @@ class AnalyticCostModel:
         stride = base.ranks
         if setting.pp * stride > self.cluster.devices_per_node:
             stride = max(stride, self.cluster.devices_per_node)
-        return 2 * collective_seconds("send", message, 2, stride, self.cluster)
+        gathered = 0.0
+        if self.options.scatter_gather_sends and spread < base.tp:
+            gathered = collective_seconds("all_gather", message, base.tp, 1, self.cluster)
+            message //= base.tp
+        return 2 * (gathered + collective_seconds("send", message, 2, stride, self.cluster))
 
     def overhead_bytes(self, setting: Setting, position: int) -> int:
         """Library workspaces, driver context and communication libraries of a rank."""

@@ -13,21 +13,25 @@ from galvatron_megatron.errors import DescriptionError
 _BOUNDS = {
     "constants.gemm_efficiency": (0.2, 0.98),
     "constants.attention_efficiency": (0.1, 0.98),
-    "constants.memory_efficiency": (0.2, 1.0),
-    "constants.kernel_us": (1.0, 20.0),
+    "constants.memory_efficiency": (0.2, 0.95),
+    "constants.kernel_us": (1.0, 40.0),
     "constants.host_us": (1.0, 200.0),
     "constants.step_ms": (0.1, 200.0),
-    "intra_node.efficiency": (0.1, 1.0),
-    "intra_node.base_us": (5.0, 200.0),
-    "inter_node.efficiency": (0.1, 1.0),
+    "intra_node.efficiency": (0.1, 0.95),
+    "intra_node.base_us": (5.0, 500.0),
+    "inter_node.efficiency": (0.1, 0.95),
 }
 """What time is fitted by: physical constants and the range in which each makes sense."""
+_WORKSPACE_MIB = (0.0, 512.0)
+"""Range of the one constant that memory is fitted by."""
+_DIGITS = 4
+"""Significant digits of a fitted constant."""
 _ROUNDS = 25
 _STEP = 0.03
 _PRIOR = 0.3
-"""A constant that the runs say nothing about stays where it was: leaving it costs as much as this relative error
-of one run per e-fold."""
-_ROBUST = 0.1
+"""A constant that the runs say nothing about stays where it was: an e-fold away from its start costs as much as
+this fraction of ``_ROBUST`` as the relative error of one run."""
+_ROBUST = 0.05
 """Relative error beyond which a run counts less: single odd runs must not pull the constants."""
 
 
@@ -54,10 +58,14 @@ def _with(cluster: Cluster, names: Sequence[str], logs: np.ndarray) -> Cluster:
     for name, value in zip(names, logs, strict=True):
         part, field = name.split(".")
         low, high = _BOUNDS[name]
-        changes.setdefault(part, {})[field] = float(np.clip(np.exp(value), low, high))
+        changes.setdefault(part, {})[field] = _rounded(float(np.clip(np.exp(value), low, high)))
     return replace(
         cluster, **{part: replace(getattr(cluster, part), **fields) for part, fields in changes.items()}
     )
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.12g}")
 
 
 def _log_errors(cluster: Cluster, runs: Sequence[MeasuredRun]) -> np.ndarray:
@@ -131,52 +139,91 @@ def fit_constants(cluster: Cluster, runs: Sequence[MeasuredRun]) -> Cluster:
             damping *= 4
         if not improved:
             break
-    return _with(cluster, names, point)
+    return _with(cluster, names, np.log([float(f"{value:.{_DIGITS}g}") for value in np.exp(point)]))
 
 
-def calibrate(cluster: Cluster, runs: Sequence[MeasuredRun], table: str, folds: int = 3) -> Fit:
+def fit_workspace(cluster: Cluster, runs: Sequence[MeasuredRun]) -> Cluster:
+    """Sets the library workspaces to the median of what is missing in predicted memory; deterministic.
+
+    Args:
+        cluster: the test bed.
+        runs: with or without measured memory.
+
+    Returns:
+        The cluster with another ``workspace_mib``; the same where no run has a measured memory.
+    """
+    predict = Predictor(lambda _: cluster)
+    missing = [
+        measured - predicted
+        for run in runs
+        if run.peak_bytes and not run.doubt
+        for (_, measured), (_, predicted) in zip(run.peak_bytes, predict(run)[1], strict=True)
+    ]
+    if not missing:
+        return cluster
+    workspace = np.clip(cluster.constants.workspace_mib + np.median(missing) / 2**20, *_WORKSPACE_MIB)
+    return replace(cluster, constants=replace(cluster.constants, workspace_mib=round(float(workspace), 1)))
+
+
+def calibrate(
+    cluster: Cluster,
+    runs: Sequence[MeasuredRun],
+    table: str,
+    *,
+    held_out: Sequence[MeasuredRun] = (),
+    folds: int = 3,
+) -> Fit:
     """Fits the constants and says by cross-validation how far estimates with them are off.
 
     Args:
         cluster: the test bed with constants to start from.
-        runs: with measured step times.
+        runs: with measured step times or memory.
         table: name of the runs' source, for the description.
+        held_out: other runs of the same test bed: the confidence band of the calibrated cluster is that of its
+            errors on them, or of the cross-validation where there are none.
         folds: parts of the cross-validation, at most the number of runs.
 
     Returns:
         The calibrated cluster, its ``calibration`` filled, and the errors.
 
     Raises:
-        DescriptionError: fewer than two runs have a measured time.
+        DescriptionError: there are runs, but fewer than two have a measured time or any measured memory.
     """
-    runs = [run for run in runs if run.step_seconds and not run.doubt]
-    if len(runs) < 2:
-        raise DescriptionError(f"calibration: {len(runs)} runs with a measured time; valid: at least 2")
-    folds = min(folds, len(runs))
+    certain = [run for run in runs if not run.doubt]
+    fitted = fit_workspace(cluster, certain)
+    timed = [run for run in certain if run.step_seconds]
+    if len(timed) < 2:
+        if timed or fitted is cluster:
+            raise DescriptionError(
+                f"calibration: {len(timed)} runs with a measured time; valid: at least 2, or measured memory"
+            )
+        return Fit(cluster=fitted, fitted_error=0.0, cross_error=0.0, folds=0)
+    folds = min(folds, len(timed))
     crossed = np.concatenate(
         [
             _log_errors(
-                fit_constants(cluster, [run for index, run in enumerate(runs) if index % folds != fold]),
-                runs[fold::folds],
+                fit_constants(cluster, [run for index, run in enumerate(timed) if index % folds != fold]),
+                timed[fold::folds],
             )
             for fold in range(folds)
         ]
     )
-    fitted = fit_constants(cluster, runs)
-    ratios = np.exp(-crossed)
-    cross_error = float(np.abs(np.exp(crossed) - 1).mean())
+    fitted = fit_constants(fitted, timed)
+    others = [run for run in held_out if run.step_seconds and not run.doubt]
+    judged = _log_errors(fitted, others) if others else crossed
+    ratios = np.exp(-judged)
     return Fit(
         cluster=replace(
             fitted,
             calibration=Calibration(
-                runs=len(runs),
+                runs=len(timed),
                 table=table,
-                mean_error=round(cross_error, 4),
+                mean_error=round(float(np.abs(np.exp(judged) - 1).mean()), 4),
                 low=round(float(np.percentile(ratios, 10)), 4),
                 high=round(float(np.percentile(ratios, 90)), 4),
             ),
         ),
-        fitted_error=float(np.abs(np.exp(_log_errors(fitted, runs)) - 1).mean()),
-        cross_error=cross_error,
+        fitted_error=float(np.abs(np.exp(_log_errors(fitted, timed)) - 1).mean()),
+        cross_error=float(np.abs(np.exp(crossed) - 1).mean()),
         folds=folds,
     )

@@ -1,4 +1,4 @@
-"""Time of operators on one device: a roofline with tile waves, a kernel floor and the host's issue rate."""
+"""Time of operators on one device: a roofline with tile waves, a fixed time per kernel and the host's issue rate."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ def operator_seconds(operator: Operator, device: Device, constants: Constants, p
         precision: ``bf16``, ``fp16`` or ``fp32``, decides the matrix peak.
 
     Returns:
-        Seconds, never below the device's kernel floor.
+        Seconds: what bounds the kernel, and the fixed time to start and drain it.
     """
     traffic = operator.bytes / (device.memory_gb_per_second * GB * constants.memory_efficiency)
     compute = 0.0
@@ -89,7 +89,7 @@ def operator_seconds(operator: Operator, device: Device, constants: Constants, p
     elif operator.kind == "attention":
         # The counts hold all pairs of positions; a causal kernel skips the masked half.
         compute = operator.flops / 2 / (peak * constants.attention_efficiency)
-    return max(compute, traffic, constants.kernel_us * MICROSECOND)
+    return max(compute, traffic) + constants.kernel_us * MICROSECOND
 
 
 def phase_seconds(

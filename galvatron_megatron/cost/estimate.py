@@ -7,6 +7,7 @@ from itertools import groupby
 from galvatron_megatron.cost.analytic import AnalyticCostModel
 from galvatron_megatron.cost.objective import live_micro_batches, step_seconds
 from galvatron_megatron.cost.protocol import Setting
+from galvatron_megatron.cost.schedule import ChunkWork, ScheduleKind, Simulation, simulate
 from galvatron_megatron.cost.terms import PricedLayer, Term
 from galvatron_megatron.describe.model import Layer
 from galvatron_megatron.errors import PlanError
@@ -22,6 +23,9 @@ class ChunkEstimate:
     backward_seconds: float
     send_seconds: float
     """Exposed send to the next stage and of the gradient back; zero behind the last stage."""
+    activation_bytes: int = 0
+    """Of one live micro-batch."""
+    transient_bytes: int = 0
 
     @property
     def seconds(self) -> float:
@@ -160,6 +164,8 @@ class _Sums:
 
     forward: float = 0.0
     backward: float = 0.0
+    chunk_activation: int = 0
+    chunk_transient: int = 0
     sync: float = 0.0
     state: int = 0
     activation: int = 0
@@ -168,6 +174,11 @@ class _Sums:
     time_terms: list[Term] = field(default_factory=list)
     sync_terms: list[Term] = field(default_factory=list)
     memory_terms: list[Term] = field(default_factory=list)
+
+    def start_chunk(self) -> None:
+        """Starts the sums of the next chunk."""
+        self.forward = self.backward = 0.0
+        self.chunk_activation = self.chunk_transient = 0
 
     def add(self, part: PricedLayer, times: int, live: int) -> None:
         """Adds ``times`` equal layers with ``live`` micro-batches alive."""
@@ -178,10 +189,47 @@ class _Sums:
         self.activation += times * live * part.cost.activation_bytes
         self.slack += times * live * part.slack_bytes
         self.transient = max(self.transient, part.cost.transient_bytes)
+        self.chunk_activation += times * part.cost.activation_bytes
+        self.chunk_transient = max(self.chunk_transient, part.cost.transient_bytes)
         self.time_terms += _times(part.micro_batch_terms, times)
         self.sync_terms += _times(part.sync_terms, times)
         self.memory_terms += _times(part.state_terms, times)
         self.memory_terms += _times(part.activation_terms, times * live, prefix="activations: ")
+
+
+def simulate_estimate(
+    estimate: Estimate, micro_batches: int, kind: ScheduleKind = ScheduleKind.ONE_F_ONE_B
+) -> Simulation:
+    """Runs the schedule of an estimate event by event, to check it and to place its memory peak.
+
+    Args:
+        estimate: of a plan.
+        micro_batches: of the plan.
+        kind: order of passes.
+
+    Returns:
+        The simulation; its peaks are activations and transients alone, without states and overhead.
+    """
+    ranks = len(estimate.stages)
+    chunks = [
+        stage.chunks[index] for index in range(len(estimate.stages[0].chunks)) for stage in estimate.stages
+    ]
+    return simulate(
+        [
+            ChunkWork(
+                forward_seconds=chunk.forward_seconds,
+                backward_seconds=chunk.backward_seconds,
+                send_seconds=chunk.send_seconds / 2,
+                activation_bytes=chunk.activation_bytes,
+                transient_bytes=chunk.transient_bytes,
+            )
+            for chunk in chunks
+        ],
+        ranks,
+        micro_batches,
+        sync_seconds=[stage.sync_seconds for stage in estimate.stages],
+        kind=kind,
+    )
 
 
 def _times(terms: Iterable[Term], factor: int, prefix: str = "") -> list[Term]:
@@ -198,7 +246,7 @@ def _stage(
     for chunk in range(plan.virtual_stages):
         index = chunk * plan.pp + position
         last = index == len(plan.stages) - 1
-        sums.forward = sums.backward = 0.0
+        sums.start_chunk()
         if index == 0:
             sums.add(costs.priced_embedding(setting), 1, live[chunk])
         moved, before, number = 0.0, plan.base, starts[index]
@@ -214,6 +262,8 @@ def _stage(
                 forward_seconds=sums.forward + moved / 2,
                 backward_seconds=sums.backward + moved / 2,
                 send_seconds=0.0 if last else send,
+                activation_bytes=sums.chunk_activation,
+                transient_bytes=sums.chunk_transient,
             )
         )
         sums.time_terms += [

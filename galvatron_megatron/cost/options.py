@@ -18,5 +18,8 @@ class RunOptions:
     """``--overlap-param-gather``: updated parameters are gathered during the next forward pass."""
     overlap_tensor_parallel: bool = False
     """``--tp-comm-overlap``: tensor-parallel collectives overlap with the GEMMs they feed."""
+    scatter_gather_sends: bool = False
+    """Between nodes every rank of a tp group sends its share of an activation and the receivers gather it over
+    the node's own links (arXiv 2104.04473, section 4.1); Megatron did so before megatron-core."""
     optimizer_in_step: bool = True
     """False leaves out the optimizer step, where a measured time does so too."""

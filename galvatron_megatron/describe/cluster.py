@@ -101,7 +101,8 @@ class Constants:
     memory_efficiency: float = 0.75
     """Fraction of the memory bandwidth that an element-wise kernel reaches."""
     kernel_us: float = 4.0
-    """Shortest time of one kernel on the device, in microseconds."""
+    """Fixed time of one operator on the device beside its work: start, drain and the small kernels around it (casts,
+    transpositions, bias), in microseconds."""
     host_us: float = 8.0
     """Time the host needs to issue one operator, in microseconds; the floor of small models."""
     step_ms: float = 5.0

@@ -222,6 +222,7 @@ def bare_model(arguments: Namespace) -> torch.nn.Module:
 @contextmanager
 def parallel_state_of(tp: int, arguments: Namespace) -> Iterator[None]:
     """Megatron's parallel state for a tensor-parallel degree, without pipeline; gone again afterwards."""
+    known = set(torch.distributed.distributed_c10d._world.pg_map)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         expert_model_parallel_size=getattr(arguments, "expert_model_parallel_size", 1) or 1,
@@ -235,12 +236,10 @@ def parallel_state_of(tp: int, arguments: Namespace) -> Iterator[None]:
         )
         yield
     finally:
-        groups = list(torch.distributed.distributed_c10d._world.pg_map)
+        made = set(torch.distributed.distributed_c10d._world.pg_map) - known
         parallel_state.destroy_model_parallel()
-        default = torch.distributed.group.WORLD
-        for group in groups:
-            if group is not default:
-                torch.distributed.destroy_process_group(group)
+        for group in made:
+            torch.distributed.destroy_process_group(group)
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """Attaches a plan to Megatron's training loop.
 
 Megatron has public seams for most of what a plan needs: ``ModuleSpec`` for the layers, process-group
-collections for their groups, subclasses of its DDP and its chained optimizer. Four names have none, because
+collections for their groups, subclasses of its DDP and its chained optimizer. Five names have none, because
 Megatron builds these objects from its own imports; they are replaced here and nowhere else, while a plan is
 attached (megatron-core 0.19; ``tests/runtime/test_attach.py`` notices when one of them moves):
 
 * ``GPTModel.__init__`` and ``HybridModel.__init__``: hand the layer specs over in wrapped form;
 * ``DistributedDataParallel`` as ``megatron.training`` imports it (two modules);
-* ``get_megatron_optimizer`` as ``megatron.training.training`` imports it.
+* ``get_megatron_optimizer`` as ``megatron.training.training`` imports it;
+* ``load_checkpoint`` likewise: it puts the random states of one rank onto others.
 """
 
 import copy
@@ -28,7 +29,10 @@ from megatron.training import training
 from megatron.training.models import dist_utils
 
 from galvatron_megatron.errors import UnsupportedPlanError
+from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
 from galvatron_megatron.plan.plan import Plan
+from galvatron_megatron.plan.serialization import plan_to_dict
+from galvatron_megatron.runtime.checkpoint import ReshardableOptimizer, reshardable_model_config
 from galvatron_megatron.runtime.context import RuntimeContext
 from galvatron_megatron.runtime.data_parallel import PlannedDataParallel
 from galvatron_megatron.runtime.layers import planned_spec
@@ -43,6 +47,7 @@ HOOKED: tuple[tuple[Any, str], ...] = (
     (dist_utils, "DistributedDataParallel"),
     (training, "DDP"),
     (training, "get_megatron_optimizer"),
+    (training, "load_checkpoint"),
 )
 """Every attribute of Megatron that is replaced while a plan is attached."""
 
@@ -63,13 +68,24 @@ class Attachment:
         self._args = args
         self._context: RuntimeContext | None = None
         self._originals = [(owner, name, getattr(owner, name)) for owner, name in HOOKED]
-        replacements = (
-            self._hook_gpt(GPTModel.__init__),
-            self._hook_hybrid(HybridModel.__init__),
-            self._data_parallel_class(),
-            self._data_parallel_class(),
-            self._build_optimizer,
-        )
+        if runs_on_stock_megatron(plan):
+            replacements = (
+                _name_layers(GPTModel.__init__),
+                HybridModel.__init__,
+                dist_utils.DistributedDataParallel,
+                training.DDP,
+                self._adopt_optimizer(training.get_megatron_optimizer),
+                training.load_checkpoint,
+            )
+        else:
+            replacements = (
+                self._hook_gpt(GPTModel.__init__),
+                self._hook_hybrid(HybridModel.__init__),
+                self._data_parallel_class(),
+                self._data_parallel_class(),
+                self._build_optimizer,
+                self._hook_load(training.load_checkpoint),
+            )
         for (owner, name), replacement in zip(HOOKED, replacements, strict=True):
             setattr(owner, name, replacement)
 
@@ -101,7 +117,8 @@ class Attachment:
                 ],
                 layer_norm=allow_sequence_parallel(specs.layer_norm),
             )
-            original(model, _without_named_reductions(config), planned, *args, **kwargs)
+            own = reshardable_model_config(_without_named_reductions(config))
+            original(model, own, planned, *args, **kwargs)
 
         return build
 
@@ -140,12 +157,29 @@ class Attachment:
         """Stands in for ``get_megatron_optimizer``."""
         return build_optimizer(config, model_chunks, config_overrides, self.context)
 
+    def _hook_load(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def load(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            self.context.streams.restart(iteration=result[0])
+            return result
+
+        return load
+
+    def _adopt_optimizer(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def build(config: Any, *args: Any, **kwargs: Any) -> Any:
+            optimizer = original(config, *args, **kwargs)
+            return ReshardableOptimizer.adopt(optimizer) if _can_reshard(self._args) else optimizer
+
+        return build
+
 
 def install(plan: Plan, args: Any) -> None:
     """Makes Megatron run a plan; called on every rank before Megatron builds the model.
 
-    A plan in which all layers run alike in the base layout needs nothing: Megatron's arguments say it all, and
-    Megatron's own code runs it.
+    A plan that Megatron's arguments reproduce is run by Megatron's own code; only its checkpoints take the
+    form that every plan can load.
 
     Args:
         plan: the plan.
@@ -158,8 +192,7 @@ def install(plan: Plan, args: Any) -> None:
     if _attached is not None:
         raise UnsupportedPlanError("a plan is attached already; valid: one plan per job")
     check_supported(plan, args)
-    if plan.is_uniform:
-        return
+    args.galvatron_attached_plan = plan_to_dict(plan)  # Megatron stores its arguments in every checkpoint
     _attached = Attachment(plan, args)
 
 
@@ -174,6 +207,28 @@ def uninstall() -> None:
     if _attached is not None:
         _attached.detach()
         _attached = None
+
+
+def _name_layers(original: Callable[..., None]) -> Callable[..., None]:
+    """Saves each layer under its own name."""
+
+    @wraps(original)
+    def build(model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        original(model, reshardable_model_config(config), *args, **kwargs)
+
+    return build
+
+
+def _can_reshard(args: Any) -> bool:
+    """Whether the states of a stock job fit the form that every plan can load."""
+    return (
+        args.optimizer == "adam"
+        and args.ckpt_format == "torch_dist"
+        and not args.use_precision_aware_optimizer
+        and not args.optimizer_cpu_offload
+        and not args.use_megatron_fsdp
+        and not args.use_torch_fsdp2
+    )
 
 
 def _gpt_layers(config: Any, spec: Any, vp_stage: int | None, groups: Any) -> TransformerBlockSubmodules:

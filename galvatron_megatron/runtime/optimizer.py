@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import count_zeros_fp32, get_grad_norm_fp32
-from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer, MixedPrecisionOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer, MixedPrecisionOptimizer
 
+from galvatron_megatron.runtime.checkpoint import ReshardableOptimizer
 from galvatron_megatron.runtime.context import RuntimeContext, StateClass
 from galvatron_megatron.runtime.data_parallel import PlannedDataParallel
 
@@ -49,7 +50,7 @@ def build_optimizer(
     )
 
 
-class PlannedOptimizer(ChainedOptimizer):
+class PlannedOptimizer(ReshardableOptimizer):
     """Steps the optimizers of all classes as one: one norm, one clip, one loss scale, one verdict on overflow.
 
     Norm: ``norm^2 = sum over the world of ||g||^2``, where of each shard exactly one rank's copy counts:

@@ -17,6 +17,8 @@ from galvatron_megatron.runtime.layout import Layout
 
 MODEL_PARALLEL_STREAM = "model-parallel-rng"
 _OFFSET = 2718
+_RESTART = 1_000_003
+"""Moves all seeds on with every iteration at which a job resumes."""
 _STRIDE = 131_072
 """Keeps the seeds of different tp degrees and purposes apart; far above any number of ranks in a node."""
 
@@ -35,6 +37,8 @@ class RandomStreams:
         self._seed = seed
         self._rank = rank
         self._base = base
+        self._iteration = 0
+        self._prepared: tuple[Layout, ...] = ()
 
     def _stream(self, purpose: str, degree: int) -> str:
         """Name of a stream, adding it to the tracker unless it is there.
@@ -47,7 +51,7 @@ class RandomStreams:
         tracker = get_cuda_rng_tracker()
         if name not in tracker.get_states():
             order = 2 * degree + (purpose == "slice")
-            seed = self._seed + _OFFSET + _STRIDE * order + self._rank % degree
+            seed = self._seed + _OFFSET + _STRIDE * order + self._rank % degree + _RESTART * self._iteration
             # A checkpoint written under another plan replaces all states but leaves the list of seeds.
             tracker.seeds_.discard(seed)
             tracker.add(name, seed)
@@ -59,9 +63,25 @@ class RandomStreams:
         In front of the first forward pass: a recomputed layer puts the tracker back to the state it had before
         the layer ran, so that a stream added inside would be lost.
         """
-        for layout in layouts:
+        self._prepared = tuple(layouts)
+        for layout in self._prepared:
             for purpose in ("core", "slice"):
                 self._stream(purpose, layout.tp)
+
+    def restart(self, *, iteration: int) -> None:
+        """Starts the streams anew after a checkpoint was loaded.
+
+        Megatron saves the random states of one data-parallel rank and gives them to all, which is right for its
+        own streams and wrong for these. They restart from the seed and the iteration, alike on all replicas.
+
+        Args:
+            iteration: at which training goes on.
+        """
+        tracker = get_cuda_rng_tracker()
+        kept = {k: v for k, v in tracker.get_states().items() if not k.startswith("galvatron-")}
+        tracker.set_states(kept)
+        self._iteration = iteration
+        self.prepare(self._prepared)
 
     @contextlib.contextmanager
     def _model_parallel(self, degree: int) -> Iterator[None]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from galvatron_megatron.errors import UnsupportedPlanError
 from galvatron_megatron.plan.layer_kind import LayerKind
+from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.strategy import SequenceParallel
 
@@ -30,7 +31,7 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
     ("use_torch_fsdp2", bool, "torch FSDP", "no --use-torch-fsdp2"),
     ("use_megatron_fsdp", bool, "Megatron-FSDP", "no --use-megatron-fsdp"),
     ("use_layer_wise_distributed_optimizer", bool, "layer-wise optimizers", "--optimizer adam"),
-    ("optimizer", lambda v: v not in ("adam", "sgd"), "this optimizer", "--optimizer adam"),
+    ("optimizer", lambda v: v != "adam", "this optimizer", "--optimizer adam"),
     ("optimizer_cpu_offload", bool, "optimizer offloading", "no --optimizer-cpu-offload"),
     ("use_precision_aware_optimizer", bool, "the precision-aware optimizer", "leave it out"),
     ("cpu_offloading", bool, "activation offloading", "no --cpu-offloading"),
@@ -49,6 +50,8 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
     ("heterogeneous_layers_config_path", bool, "heterogeneous layer configs", "leave it out"),
     ("experimental_attention_variant", bool, "experimental attention", "leave it out"),
     ("window_size", bool, "sliding-window attention", "leave it out"),
+    ("ckpt_format", lambda v: v != "torch_dist", "this checkpoint format", "--ckpt-format torch_dist"),
+    ("non_persistent_ckpt_type", lambda v: v == "local", "local checkpoints", "global"),
     ("perform_rl_step", bool, "reinforcement learning", "leave it out"),
     ("moe_use_upcycling", bool, "upcycling", "leave it out"),
     ("qk_clip", bool, "query-key clipping", "leave it out"),
@@ -67,7 +70,7 @@ def check_supported(plan: Plan, args: Any) -> None:
     Raises:
         UnsupportedPlanError: with what is in the way, why, and what to change.
     """
-    if plan.is_uniform:
+    if runs_on_stock_megatron(plan):
         return
     release = version("megatron-core")
     if not any(release.startswith(f"{series}.") for series in SUPPORTED_MEGATRON):

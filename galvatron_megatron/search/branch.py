@@ -111,11 +111,14 @@ class Branch:
 
     def ends(self, virtual_stages: int, base: Strategy) -> tuple[LayerCost, LayerCost]:
         """Prices of embedding and head."""
-        setting = setting_of(self.outer, virtual_stages, base)
-        embedding, head = self.cost_model.embedding_cost(setting), self.cost_model.head_cost(setting)
-        checked(embedding, f"embedding under {base}")
-        checked(head, f"head under {base}")
-        return embedding, head
+        found = self._ends.get((virtual_stages, base))
+        if found is None:
+            setting = setting_of(self.outer, virtual_stages, base)
+            found = self.cost_model.embedding_cost(setting), self.cost_model.head_cost(setting)
+            checked(found[0], f"embedding under {base}")
+            checked(found[1], f"head under {base}")
+            self._ends[virtual_stages, base] = found
+        return found
 
     def positions(self, virtual_stages: int, base: Strategy | None) -> tuple[np.ndarray, Positions]:
         """Distinct rows of live micro-batches, and what differs between ranks; without a base, only memory."""
@@ -148,6 +151,7 @@ class Branch:
         options: dict[tuple[int, bool | None], Options],
         virtual_stages: int,
         live: np.ndarray,
+        positions: Positions,
         base: Strategy | None,
     ) -> tuple[Chain, dict[tuple, int]]:
         """Builds the shortest-path problem of all ranks.
@@ -156,6 +160,7 @@ class Branch:
             options: of every kind of layer.
             virtual_stages: v.
             live: [D, v] distinct rows of live micro-batches.
+            positions: the ranks of the pipeline.
             base: base layout, or None where resharding is free.
         """
         outer = self.outer
@@ -177,7 +182,7 @@ class Branch:
             np.zeros((1, 1)) if base is None else self.reshard,
             0 if base is None else self._layout_ids[base.layout],
             live,
-            self._multipliers(options, virtual_stages, live),
+            self._multipliers(options, virtual_stages, live, positions),
             kappas,
         )
         return chain, element_of
@@ -191,27 +196,29 @@ class Branch:
         prices[1] = 0.0
         return Options(strategies=options.strategies, layouts=options.layouts, prices=prices)
 
-    def _multipliers(self, options: dict, virtual_stages: int, live: np.ndarray) -> np.ndarray:
-        """[J, D] seconds per byte."""
+    def _multipliers(
+        self, options: dict, virtual_stages: int, live: np.ndarray, positions: Positions
+    ) -> np.ndarray:
+        """Memory multipliers [J, D] for the numbers of layers that a rank is likely to hold."""
         kinds = sorted({kind for kind, _ in options})
         flag = next(iter(options))[1]
         chosen = [self._priced_once(options[kind, flag]) for kind in kinds]
+        least = min(float(o.transient.min()) for o in chosen)
+        spare = np.full(len(live), np.inf)
+        np.minimum.at(spare, positions.classes, positions.budget - np.maximum(positions.transient, least))
         average = live.mean(1)
         layers = len(self.kinds) / self.outer.pp
-        counts = sorted(
-            {max(1, int(layers)), max(1, -int(-layers // 1)), int(layers) + 1, int(layers * 1.25) + 1}
-        )
+        counts = sorted({max(1, int(layers)), -int(-layers // 1), int(layers) + 1, int(layers * 1.25) + 1})
         if self.outer.pp == 1:
             counts = [len(self.kinds)]
         picked = np.unique(np.linspace(0, len(average) - 1, min(_MOST_CLASSES, len(average))).astype(int))
         table = {}
         for index in picked:
-            targets = [self.request.memory_bytes * share / count for count in counts for share in (1.0, 0.93)]
             table[index] = memory_multipliers(
                 [o.state + average[index] * o.activation for o in chosen],
                 [o.seconds for o in chosen],
                 self.shares,
-                targets,
+                [spare[index] * share / count for count in counts for share in (1.0, 0.97)],
             )
         nearest = [picked[np.abs(average[picked] - value).argmin()] for value in average]
         return np.array([table[index] for index in nearest]).T
@@ -219,12 +226,26 @@ class Branch:
     def relaxed_bound(self, virtual_stages: int) -> float:
         """Bound of the step time under the memory budget, for any base layout and free resharding."""
         live, positions = self.positions(virtual_stages, None)
-        chain, element_of = self.chain(self.relaxed, virtual_stages, live, None)
+        chain, element_of = self.chain(self.relaxed, virtual_stages, live, positions, None)
         bounds = [
             PipelineProblem(chain, spans, positions, element_of, self.outer.micro_batches).lower_bound()
             for spans in self.spans(virtual_stages)
         ]
         return min(bounds, default=np.inf)
+
+    def useful_bases(self, virtual_stages: int) -> list[Strategy]:
+        """Bases without those whose embedding and head another one of the same layout equals or beats."""
+        kept: list[tuple[Strategy, np.ndarray]] = []
+        for base in self.bases:
+            setting = setting_of(self.outer, virtual_stages, base)
+            ends = [value for cost in self.ends(virtual_stages, base) for value in checked(cost, "")]
+            rest = [self.cost_model.overhead_bytes(setting, position) for position in range(self.outer.pp)]
+            price = np.array([*ends, self.cost_model.send_seconds(setting), *rest])
+            if any(s.layout == base.layout and (p <= price).all() for s, p in kept):
+                continue
+            kept = [(s, p) for s, p in kept if s.layout != base.layout or not (price <= p).all()]
+            kept.append((base, price))
+        return [base for base, _ in kept]
 
     def base_bound(self, relaxed: float, virtual_stages: int, base: Strategy) -> float:
         """Adds to a bound without base layout what embedding, head and sends cost at least."""
@@ -255,7 +276,7 @@ class Branch:
         live, positions = self.positions(virtual_stages, base)
         if positions.budget.min() < 0:
             return None
-        chain, element_of = self.chain(options, virtual_stages, live, base)
+        chain, element_of = self.chain(options, virtual_stages, live, positions, base)
         time_limit = cutoff / self.outer.micro_batches  # T >= m * max(t)
         best: tuple[Partition, Spans] | None = None
         for spans in self.spans(virtual_stages):

@@ -98,6 +98,8 @@ class Chain:
         self._fastest: dict[tuple[int, ...], FastestPath] = {}
         self.least_transient = min(float(options.transient.min()) for options in self.elements)
         # [R, 1, K, K]: resharding counts in the rows of time only
+        # [K, K] how much further from the first layout than from the second any third one can be
+        self.detour = (reshard[:, None, :] - reshard[None, :, :]).max(2)
         self._moves = self.time_weight[:, None, None, None] * reshard[None, None]
 
     def bytes_of(self, element: int) -> np.ndarray:

@@ -122,7 +122,7 @@ class _Run:
                     lower = max(bound, branch.relaxed_bound(number) / batch)
                     heappush(heap, (lower, next(ticket), branch, number, None))
             elif base is None:
-                for candidate in branch.bases:
+                for candidate in branch.useful_bases(virtual):
                     lower = branch.base_bound(bound * batch, virtual, candidate) / batch
                     heappush(heap, (lower, next(ticket), branch, virtual, candidate))
             else:

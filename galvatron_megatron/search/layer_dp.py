@@ -15,7 +15,7 @@ import numpy as np
 from galvatron_megatron.search.chain import BOUNDARY, BYTES_ROW, SYNC_ROW, Chain
 
 _FIRST_WINDOW = 0.002
-_WIDENING = 6.0
+_WIDENING = 2.5
 _SLACK = 1e-12
 
 
@@ -113,7 +113,7 @@ class _LabelSetting:
                 labels = labels.copy()
                 labels[0] += chain.reshard[layouts, chain.base]
                 layouts = np.full(labels.shape[1], chain.base, dtype=np.intp)
-                kept = _undominated(labels, layouts, self.limits_sync)
+                kept = _undominated(labels, layouts, self.limits_sync, chain.detour)
                 labels, layouts = labels[:, kept], layouts[kept]
                 history.append((kept, np.full(len(kept), -1)))
                 continue
@@ -132,7 +132,7 @@ class _LabelSetting:
             labels = new.reshape(4, -1)[:, flat]
             parents, choices = np.divmod(flat, width)
             layouts = options.layouts[choices]
-            kept = _undominated(labels, layouts, self.limits_sync)
+            kept = _undominated(labels, layouts, self.limits_sync, chain.detour)
             labels, layouts = labels[:, kept], layouts[kept]
             history.append((parents[kept], choices[kept]))
         seconds = labels[0] + chain.reshard[layouts, chain.base]
@@ -173,10 +173,16 @@ class _LabelSetting:
         )
 
 
-def _undominated(labels: np.ndarray, layouts: np.ndarray, with_sync: bool) -> np.ndarray:
-    """Indices of labels [4, n] that no other of the same layout equals or beats; the fastest first.
+def _undominated(labels: np.ndarray, layouts: np.ndarray, with_sync: bool, detour: np.ndarray) -> np.ndarray:
+    """Indices of labels [4, n] that no other equals or beats, wherever both go from their layouts.
 
-    Where sync is not limited it only breaks ties between labels that are equal in everything else.
+    Where sync is not limited it only breaks ties between labels of one layout that are equal in everything else.
+
+    Args:
+        labels: seconds, sync, bytes and largest transient of every label.
+        layouts: layout of every label.
+        with_sync: sync is limited.
+        detour: [K, K] most seconds that a label in the first layout must be ahead of one in the second to stay so.
     """
     order = np.lexsort((labels[1], labels[3], labels[2], labels[0], layouts))
     if len(order) == 1:
@@ -185,12 +191,57 @@ def _undominated(labels: np.ndarray, layouts: np.ndarray, with_sync: bool) -> np
     kept = []
     for group in np.split(order, bounds):
         kept.append(group if len(group) == 1 else group[_front(labels[:, group], with_sync)])
+    if len(kept) > 1:
+        kept = _across(labels, layouts, kept, with_sync, detour)
     return np.concatenate(kept)
+
+
+def _across(
+    labels: np.ndarray, layouts: np.ndarray, groups: list[np.ndarray], with_sync: bool, detour: np.ndarray
+) -> list[np.ndarray]:
+    """Drops labels that one of another layout beats strictly even after the worst detour."""
+    for index, group in enumerate(groups):
+        for other in groups:
+            if other is group or not len(other) or not len(group):
+                continue
+            ahead = labels[0, other] + detour[layouts[other[0]], layouts[group[0]]]
+            # For every label of the group: the least bytes among the others that are fast enough.
+            order = np.argsort(ahead, kind="stable")
+            count = np.searchsorted(ahead[order], labels[0, group], side="left")
+            if not count.any():
+                continue
+            if with_sync or len(np.unique(labels[3, other])) > 1 or labels[3, other[0]] > labels[3, group].min():
+                worst = labels[1:, other].max(1, keepdims=True)
+                beaten = (count == len(other)) & (labels[1:, group] >= worst).all(0)
+                beaten |= _beaten_by_any(labels[:, group], labels[:, other], ahead)
+            else:
+                least = np.concatenate([[np.inf], np.minimum.accumulate(labels[2, other][order])])
+                beaten = least[count] <= labels[2, group]
+            group = group[~beaten]
+            groups[index] = group
+    return [group for group in groups if len(group)]
+
+
+def _beaten_by_any(labels: np.ndarray, others: np.ndarray, ahead: np.ndarray) -> np.ndarray:
+    """Mask of labels [4, n] that some label of others [4, k], with its seconds replaced, beats in everything."""
+    beaten = np.zeros(labels.shape[1], dtype=bool)
+    most = 4_000_000 // max(1, others.shape[1])
+    for start in range(0, labels.shape[1], most):
+        part = labels[:, start : start + most]
+        better = ahead[:, None] < part[0][None, :]
+        for row in (1, 2, 3):
+            better &= others[row][:, None] <= part[row][None, :]
+        beaten[start : start + most] = better.any(0)
+    return beaten
 
 
 def _front(labels: np.ndarray, with_sync: bool) -> np.ndarray:
     """Mask of undominated labels [4, n] already sorted by seconds, then bytes, transient and sync."""
     bytes_, transient, sync = labels[2], labels[3], labels[1]
+    if not with_sync and transient.min() == transient.max():
+        keep = np.ones(len(bytes_), dtype=bool)
+        keep[1:] = bytes_[1:] < np.minimum.accumulate(bytes_)[:-1]
+        return keep
     keep = np.zeros(labels.shape[1], dtype=bool)
     for level in np.unique(transient):
         inside = np.flatnonzero(transient <= level)
@@ -199,9 +250,8 @@ def _front(labels: np.ndarray, with_sync: bool) -> np.ndarray:
             alive = _staircase(bytes_[inside], sync[inside])
         else:
             values = bytes_[inside]
-            best = np.minimum.accumulate(values)
             alive = np.ones(len(values), dtype=bool)
-            alive[1:] = values[1:] < best[:-1]
+            alive[1:] = values[1:] < np.minimum.accumulate(values)[:-1]
         keep[inside[alive & at_level]] = True
     return keep
 

@@ -4,10 +4,9 @@ Without interleaving (v = 1) every partition of the L layers into P non-empty co
 
 With v > 1 chunks per rank, rank p holds the same number of layers in each of its chunks, and ranks may differ: with
 W layers per sweep over the ranks, rank p owns [a, b) of every sweep, so chunk c of it holds layers [cW + a, cW + b).
-Two kinds of exception, because embedding and head cost time too and because v need not divide L: the first
-virtual stage may hold `short_first` layers fewer and the last one `short_last` fewer, for all
-short_first, short_last >= 0 with short_first + short_last = vW - L < 2v. Every virtual stage holds at least one
-layer. Inside this space the search is exact.
+Two exceptions, because embedding and head cost time too: the first virtual stage may hold `short_first` layers
+fewer and the last one `short_last` fewer, with 0 <= short_first, short_last <= 2 and short_first + short_last =
+vW - L. Every virtual stage holds at least one layer. Inside this space the search is exact.
 
 A decision made by hand (layers of the first or last rank, of every virtual stage, or of each one) limits the space
 further; where the number of layers of every virtual stage is given, there is one partition.
@@ -19,6 +18,9 @@ from functools import cached_property
 
 from galvatron_megatron.plan.constraints import Constraints
 from galvatron_megatron.search.chain import BOUNDARY
+
+MOST_SHORT = 2
+"""Layers that the first and the last virtual stage may lack."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -103,10 +105,8 @@ def all_spans(kinds: tuple[int, ...], pp: int, virtual_stages: int, limits: Cons
     if virtual_stages == 1:
         yield Spans(width=count, **common)
         return
-    least = -count % virtual_stages
-    for missing in (least, least + virtual_stages):
-        width = (count + missing) // virtual_stages
-        if width < pp:
-            continue
-        for short_first in range(missing + 1):
-            yield Spans(width=width, short_first=short_first, short_last=missing - short_first, **common)
+    for short_first in range(MOST_SHORT + 1):
+        for short_last in range(MOST_SHORT + 1):
+            width, rest = divmod(count + short_first + short_last, virtual_stages)
+            if not rest and width >= pp:
+                yield Spans(width=width, short_first=short_first, short_last=short_last, **common)

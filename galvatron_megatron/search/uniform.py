@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.strategy import Recompute, Strategy
 from galvatron_megatron.search.branch import Branch
+from galvatron_megatron.search.spans import MOST_SHORT
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -70,7 +72,53 @@ def _totals(branch: Branch, chosen: dict) -> tuple[float, float]:
     return float(total[0]), float(total[1])
 
 
-def solve_uniform(point: UniformPoint, cutoff: float):
+def solve_uniform(point: UniformPoint, cutoff: float) -> Plan | None:
     """Finds the best partition of a uniform strategy; None where none is below the cutoff."""
+    if capacity_bound(point, cutoff) >= cutoff:
+        return None
     options = {key: point.branch.options[key].take(np.array([index])) for key, index in point.chosen.items()}
     return point.branch.solve(point.virtual_stages, point.base, cutoff, options)
+
+
+def capacity_bound(point: UniformPoint, cutoff: float) -> float:
+    """Bound of the step time from how many layers every rank can hold and finish in time; infinite if too few.
+
+    Bisects the least time of the slowest rank at which the ranks together have room for all layers, each rank by
+    itself and every layer as if it were the cheapest of its kinds.
+    """
+    branch, virtual = point.branch, point.virtual_stages
+    outer = branch.outer
+    live, positions = branch.positions(virtual, point.base)
+    prices = np.array([branch.options[key].prices[:, index] for key, index in point.chosen.items()])
+    seconds, _, state, activation, transient = prices.min(0)
+    if outer.pp == 1:
+        seconds = (prices[:, 0] + prices[:, 1] / outer.micro_batches).min()
+    spare = positions.budget - np.maximum(positions.transient, transient)
+    if spare.min() < 0:
+        return np.inf
+    held = virtual * state + live.sum(1)[positions.classes] * activation
+    # The first and the last virtual stage may lack layers, which makes room for as many.
+    short = (state + live.max(1)[positions.classes] * activation) * MOST_SHORT if virtual > 1 else 0.0
+    by_memory = np.floor((spare + 2 * short) / held + 1e-9) if held.min() > 0 else np.full(outer.pp, np.inf)
+    layers = len(branch.kinds)
+    if (np.minimum(by_memory, layers) * virtual).sum() < layers:
+        return np.inf
+    total = _totals(branch, point.chosen)[0] + positions.seconds.sum()
+    slack = 2 * MOST_SHORT if virtual > 1 else 0
+
+    def room(slowest: float) -> float:
+        by_time = np.floor(((slowest - positions.seconds) / seconds + slack) / virtual + 1e-9)
+        return float((np.clip(np.minimum(by_memory, by_time), 0, layers) * virtual).sum())
+
+    low = total / outer.pp
+    high = cutoff / outer.micro_batches
+    if seconds > 0 and np.isfinite(high):
+        if room(high) < layers:
+            return np.inf
+        for _ in range(24):
+            if high - low <= 1e-6 * high:
+                break
+            middle = (low + high) / 2
+            low, high = (middle, high) if room(middle) < layers else (low, middle)
+    sync = positions.sync.max()
+    return (outer.micro_batches - 1 / virtual) * low * (1 - 1e-9) + total / virtual + sync

@@ -39,6 +39,7 @@ from megatron.training.arguments import parse_args, validate_args  # noqa: E402
 from megatron.training.global_vars import set_global_variables  # noqa: E402
 
 from galvatron_megatron.plan.layer_kind import LayerKind  # noqa: E402
+from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron  # noqa: E402
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan  # noqa: E402
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy  # noqa: E402
 from galvatron_megatron.runtime import attach  # noqa: E402
@@ -113,6 +114,7 @@ def arguments(case: dict, plan: Plan) -> list[str]:
         "lr-warmup-iters": 0,
         "weight-decay": 0.01,
         "clip-grad": 1.0,
+        "adam-eps": 1e-5,
         "seed": 1234,
         "eval-iters": 0,
         "eval-interval": 1000,
@@ -172,7 +174,7 @@ class Tokens(torch.utils.data.Dataset):
         }
 
 
-def datasets(_samples):
+def datasets(_samples, vp_stage=None):
     return Tokens(), None, None
 
 
@@ -302,8 +304,8 @@ def run_case(case: dict, mutations: dict) -> dict:
             forward_step,
         )
         attachment = attach.attached()
-        seen["planned"] = attachment is not None
-        if attachment is not None:
+        seen["planned"] = not runs_on_stock_megatron(plan)
+        if seen["planned"]:
             seen["created"] = [list(ranks) for ranks in attachment.context.registry.created]
             seen["received_bytes"] = attachment.context.traffic.received_bytes
         seen["weights"] = gather_weights(models)

@@ -16,15 +16,12 @@ def chunk_sizes(layers: int, pp: int, virtual: int):
             if sum(sizes) == layers:
                 found.add(sizes)
         return sorted(found)
-    for widths in product(range(1, layers + 2 * virtual), repeat=pp):
-        missing = sum(widths) * virtual - layers
-        if not 0 <= missing < 2 * virtual:
-            continue
-        for first in range(missing + 1):
+    for widths in product(range(1, layers + 3), repeat=pp):
+        for first, last in product(range(3), repeat=2):
             sizes = list(widths * virtual)
             sizes[0] -= first
-            sizes[-1] -= missing - first
-            if min(sizes) >= 1:
+            sizes[-1] -= last
+            if min(sizes) >= 1 and sum(sizes) == layers:
                 found.add(tuple(sizes))
     return sorted(found)
 

@@ -81,7 +81,7 @@ def paper_run(reader: RowReader) -> MeasuredRun:
             micro_batches=batch // (dp * micro),
             virtual_stages=virtual,
         ),
-        options=RunOptions(gradients_in_fp32=False),
+        options=RunOptions(gradients_in_fp32=False, scatter_gather_sends=True),
         step_seconds=reader.number_of("iter_s"),
         group=f"{reader.text('model')}",
     )
