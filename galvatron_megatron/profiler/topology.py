@@ -1,17 +1,16 @@
 """Nodes and devices of the live ranks."""
 
 import os
-import platform
 import socket
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from galvatron_megatron.describe.cluster import Cluster, Constants, Device, Link
+from galvatron_megatron.describe.host import processor_name, software_versions
 from galvatron_megatron.describe.profile import Profile, Provenance
 from galvatron_megatron.errors import GalvatronError
 from galvatron_megatron.profiler.clock import Clock, on_cpu
@@ -40,7 +39,7 @@ def facts_of_this_rank() -> RankFacts:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if on_cpu():
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        device, multiprocessors = _processor_name(), cores
+        device, multiprocessors = processor_name(), cores
     else:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         device, memory = properties.name, properties.total_memory
@@ -52,27 +51,6 @@ def facts_of_this_rank() -> RankFacts:
         processors=cores,
         multiprocessors=multiprocessors,
     )
-
-
-def _processor_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def software_versions() -> tuple[tuple[str, str], ...]:
-    """Versions whose change makes measurements void."""
-    found = [("python", platform.python_version()), ("torch", torch.__version__)]
-    for name in ("megatron-core", "transformer-engine"):
-        try:
-            found.append((name, version(name)))
-        except PackageNotFoundError:
-            continue
-    return tuple(found)
 
 
 def check_nodes(facts: list[RankFacts]) -> tuple[int, int]:

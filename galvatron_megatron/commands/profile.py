@@ -1,0 +1,269 @@
+"""``galvatron profile``: measures on the ranks at hand, and manages stored profiles."""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from galvatron_megatron.describe.host import gpus, processor_name, software_versions
+from galvatron_megatron.describe.megatron_flags_of import flags_of
+from galvatron_megatron.describe.model_file import read_model
+from galvatron_megatron.describe.profile import Profile, digest
+from galvatron_megatron.describe.profile_store import (
+    check_directory,
+    default_directory,
+    from_json,
+    list_profiles,
+    read_profile,
+    to_json,
+    write_atomically,
+    write_profile,
+)
+from galvatron_megatron.errors import GalvatronError, did_you_mean
+from galvatron_megatron.report.profile_report import plot_profile, print_list, print_profile
+
+HELP = "measure the cluster and the model on the ranks at hand, or manage stored profiles"
+
+ACTIONS = ("measure", "list", "show", "export", "import")
+
+EPILOG = """\
+actions:
+  measure             (default) measure what the store lacks and show it
+  list                the stored profiles, newest first
+  show FINGERPRINT    one of them, in full (the newest one without FINGERPRINT)
+  export FINGERPRINT FILE
+  import FILE         merge a profile that was exported elsewhere into the store
+
+examples:
+  galvatron profile --ranks 4 --model configs/models/gpt3-125m.yaml
+  galvatron profile --ranks 4 -- --num-layers 4 --hidden-size 256 --num-attention-heads 4 \\
+      --seq-length 256 --max-position-embeddings 256 --vocab-size 1000 --tokenizer-type NullTokenizer
+  torchrun --nproc-per-node 8 -m galvatron_megatron profile --model configs/models/llama2-7b.yaml
+      on the ranks that torchrun, deepspeed or srun have started
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument("words", nargs="*", metavar="ACTION", help="what to do, see below")
+    parser.add_argument("--model", type=Path, help="model file, or a Hugging Face config.json")
+    parser.add_argument(
+        "--seq-length", type=int, help="tokens of a sample, instead of what the model file says"
+    )
+    parser.add_argument("--ranks", type=int, help="ranks to start here; by default one per GPU, or per core")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="where ranks run; by default GPUs where there are any"
+    )
+    parser.add_argument("--directory", type=Path, help=f"the store (default: {default_directory()})")
+    parser.add_argument("--global-batch-size", type=int, help="samples per step: bounds the micro-batch sizes")
+    parser.add_argument("--micro-batch-size", type=int, action="append", help="a size to measure; repeatable")
+    parser.add_argument(
+        "--tp", type=int, action="append", help="a tensor-parallel degree to measure; repeatable"
+    )
+    parser.add_argument("--again", action="store_true", help="measure also what the store has")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw points and curves into FILE")
+    parser.add_argument("--json", action="store_true", help="print the profile as JSON")
+    parser.add_argument("--timeout", type=int, default=3600, help="seconds after which ranks are ended")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the action.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        GalvatronError: bad arguments, an unusable store, or ranks that failed.
+    """
+    words = list(arguments.words)
+    if words and not words[0].startswith("-") and words[0] not in ACTIONS:
+        raise GalvatronError(f"action {words[0]!r} is unknown; {did_you_mean(words[0], ACTIONS)}")
+    action = words.pop(0) if words and words[0] in ACTIONS else "measure"
+    directory = check_directory(arguments.directory or default_directory(), create=arguments.directory is None)
+    if action == "measure":
+        return _measure(arguments, directory, words)
+    limit = {"list": 0, "show": 1, "export": 2, "import": 1}[action]
+    if len(words) > limit:
+        raise GalvatronError(f"profile {action}: {' '.join(words[limit:])!r} is too much; see --help")
+    if action == "list":
+        found = list_profiles(directory)
+        if arguments.json:
+            print(json.dumps([profile.fingerprint() for profile in found]))
+        else:
+            print_list(found, _console())
+        return 0
+    if action == "show":
+        return _show(_stored(directory, words[0] if words else None), arguments)
+    if len(words) < limit:
+        raise GalvatronError(f"profile {action}: needs {limit} arguments; see --help")
+    if action == "export":
+        profile, target = _stored(directory, words[0]), Path(words[1])
+        write_atomically(target, to_json(profile))
+        print(f"wrote {target}")
+        return 0
+    source = Path(words[0])
+    try:
+        profile = from_json(source.read_text(encoding="utf-8", errors="replace"), str(source))
+    except OSError as error:
+        raise GalvatronError(
+            f"{source}: cannot be read ({error.strerror}); valid: an exported profile"
+        ) from None
+    merged = write_profile(directory, profile)
+    print(
+        f"imported {merged.fingerprint()}: {len(merged.parts)} layer points, {len(merged.collectives)} curves"
+    )
+    return 0
+
+
+def _console() -> Console:
+    """The terminal, or a page wide enough for the tables where the output is none."""
+    return Console() if sys.stdout.isatty() else Console(width=140)
+
+
+def _stored(directory: Path, fingerprint: str | None) -> Profile:
+    found = list_profiles(directory)
+    if not found:
+        raise GalvatronError(f"profile directory {directory}: holds no profile; valid: galvatron profile first")
+    if fingerprint is None:
+        return found[0]
+    matching = [profile for profile in found if profile.fingerprint().startswith(fingerprint)]
+    if len(matching) != 1:
+        known = [profile.fingerprint() for profile in found]
+        kind = "is ambiguous" if matching else "is not stored"
+        raise GalvatronError(f"profile {fingerprint} {kind}; {did_you_mean(fingerprint, known)}")
+    return matching[0]
+
+
+def _show(profile: Profile, arguments: argparse.Namespace) -> int:
+    if arguments.plot is not None:
+        plot_profile(profile, arguments.plot)
+    if arguments.json:
+        print(to_json(profile), end="")
+    else:
+        print_profile(profile, _console())
+    return 0
+
+
+def _measure(arguments: argparse.Namespace, directory: Path, megatron: list[str]) -> int:
+    if arguments.model is not None:
+        model = read_model(arguments.model, seq_length=arguments.seq_length)
+        megatron = [*flags_of(model), *megatron]
+    if not megatron:
+        raise GalvatronError("profile: no model; valid: --model FILE, or Megatron's own arguments after --")
+    for name in ("ranks", "global_batch_size", "timeout"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise GalvatronError(f"--{name.replace('_', '-')}: {value}; valid: an integer >= 1")
+    device = arguments.device or ("cuda" if gpus() else "cpu")
+    request = {
+        "megatron": megatron,
+        "directory": str(directory.resolve()),
+        "device": device,
+        "global_batch_size": arguments.global_batch_size,
+        "micro_batch_sizes": arguments.micro_batch_size,
+        "tps": arguments.tp,
+        "again": arguments.again,
+    }
+    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+        from galvatron_megatron.commands.profile_worker import run_rank
+
+        fingerprint = run_rank(request)
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))):
+            return 0
+    else:
+        count = arguments.ranks or (gpus() if device == "cuda" else len(os.sched_getaffinity(0)))
+        answered = directory / f"answered-{_digest_of(request, count)}.json"
+        profile = None if arguments.again else _answered(directory, answered)
+        if profile is not None:
+            return _show(profile, arguments)
+        fingerprint = _start_ranks(request, count, arguments.timeout)
+        write_atomically(answered, json.dumps(fingerprint) + "\n")
+    profile, _ = read_profile(directory, fingerprint)
+    if profile is None:
+        raise GalvatronError(f"profile {fingerprint}: vanished from {directory}; valid: measure again")
+    return _show(profile, arguments)
+
+
+def _digest_of(request: dict, count: int) -> str:
+    """Changes with everything that decides what a request measures on this host."""
+    return digest([request, count, processor_name(), gpus(), len(os.sched_getaffinity(0)), software_versions()])
+
+
+def _answered(directory: Path, answered: Path) -> Profile | None:
+    """The profile that an equal request was answered with before, where it is still stored."""
+    try:
+        fingerprint = json.loads(answered.read_text())
+    except (OSError, ValueError):
+        return None
+    return read_profile(directory, fingerprint)[0] if isinstance(fingerprint, str) else None
+
+
+def _start_ranks(request: dict, count: int, timeout_seconds: float) -> str:
+    """Starts ranks on this machine, waits for them and returns the profile's fingerprint."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "request.json"
+        path.write_text(json.dumps(request))
+        command = [sys.executable, "-m", "galvatron_megatron.commands.profile_worker", str(path)]
+        common = os.environ | {
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),
+        }
+        logs = [Path(folder) / f"rank{rank}.log" for rank in range(count)]
+        ranks = []
+        try:
+            for rank, log in enumerate(logs):
+                place = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                # Rank 0 shows progress; what it and the others say else is kept for the case of a failure.
+                with log.open("w") as stream:
+                    error = None if rank == 0 else stream
+                    ranks.append(subprocess.Popen(command, env=place, stdout=stream, stderr=error))
+            _wait(ranks, timeout_seconds)
+        finally:
+            for process in ranks:
+                if process.poll() is None:
+                    process.kill()
+            for process in ranks:
+                process.wait()
+        done, failed = path.with_suffix(".done"), path.with_suffix(".error")
+        if done.exists():
+            return done.read_text()
+        if failed.exists():
+            raise GalvatronError(failed.read_text())
+        bad = next((rank for rank, process in enumerate(ranks) if process.returncode not in (0, -9)), 0)
+        last = (logs[bad].read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+        raise GalvatronError(
+            f"profile: rank {bad} of {count} ended with exit code {ranks[bad].returncode} ({last}); "
+            "valid: run again, what was measured is kept"
+        )
+
+
+def _wait(ranks: list[subprocess.Popen], timeout_seconds: float) -> None:
+    """Returns when all ranks have ended, or when one has failed; raises when time is up."""
+    deadline = time.monotonic() + timeout_seconds
+    while any(process.poll() is None for process in ranks):
+        if any(process.returncode for process in ranks):
+            # The others wait for the one that failed; they get a moment to say why.
+            time.sleep(1.0)
+            return
+        if time.monotonic() > deadline:
+            raise GalvatronError(
+                f"profile: not done after {timeout_seconds:.0f} s; valid: a larger --timeout, or run again, "
+                "what was measured is kept"
+            )
+        time.sleep(0.05)

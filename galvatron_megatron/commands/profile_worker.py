@@ -1,0 +1,76 @@
+"""One rank of ``galvatron profile``; started by the command, or by torchrun, deepspeed or srun.
+
+torchrun ... -m galvatron_megatron.commands.profile_worker REQUEST.json
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from galvatron_megatron.errors import EXIT_CODE, GalvatronError
+
+
+def run_rank(request: dict) -> str:
+    """Measures on this rank.
+
+    Args:
+        request: ``megatron`` (words of a command line), ``directory``, ``device`` (``cpu`` or ``cuda``),
+            ``global_batch_size``, ``micro_batch_sizes`` (or None), ``tps`` (or None) and ``again``.
+
+    Returns:
+        The fingerprint of the profile.
+    """
+    from galvatron_megatron.describe.megatron_args import model_from_arguments
+    from galvatron_megatron.profiler.process_group import rank_from_environment
+
+    cpu = request["device"] == "cpu"
+    if cpu:
+        from galvatron_megatron.integration import cpu_device
+
+        cpu_device.install(even_with_gpu=True)
+    from megatron.training.arguments import parse_args
+
+    from galvatron_megatron.profiler.needs import ProfileNeeds
+    from galvatron_megatron.profiler.session import profile_live_ranks
+
+    before, sys.argv = sys.argv, ["galvatron profile", *request["megatron"]]
+    try:
+        parsed = parse_args()
+    finally:
+        sys.argv = before
+    if cpu:
+        cpu_device.configure(parsed)
+    if parsed.lr is None:
+        # Of no effect on time; Megatron's validation and optimizer want one.
+        parsed.lr = 1e-4
+    model = model_from_arguments(vars(parsed))
+    _, world_size, _ = rank_from_environment()
+    needs = ProfileNeeds.for_job(
+        model,
+        world_size,
+        request["global_batch_size"] or parsed.global_batch_size or 8 * world_size,
+        tps=request["tps"],
+        micro_batch_sizes=request["micro_batch_sizes"],
+    )
+    profile, _ = profile_live_ranks(model, parsed, needs, Path(request["directory"]), again=request["again"])
+    return profile.fingerprint()
+
+
+def main() -> int:
+    """Runs one rank; rank 0 writes the fingerprint beside the request."""
+    path = Path(sys.argv[1])
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        fingerprint = run_rank(json.loads(path.read_text()))
+    except GalvatronError as error:
+        if rank == 0:
+            path.with_suffix(".error").write_text(str(error))
+        return EXIT_CODE
+    if rank == 0:
+        path.with_suffix(".done").write_text(fingerprint)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
