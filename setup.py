@@ -11,6 +11,9 @@ TRAIN = ["torch>=2.6", "megatron-core>=0.17,<0.20", "deepspeed>=0.16"]
 REPORT = ["jinja2>=3.1", "matplotlib>=3.8"]
 DEV = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "scipy>=1.13", "highspy>=1.7"]
 
+# The shipped descriptions travel inside the package; in a checkout they lie beside it.
+CONFIGS = "galvatron_megatron.configs"
+
 # Python runs this line at every start, after the finder of an editable install (whose file name sorts first).
 # It does nothing unless the command line has one of the package's flags.
 HOOK_FILE = "galvatron_megatron_start_up.pth"
@@ -60,8 +63,12 @@ setup(
     description="Find and run the fastest parallel plan for training with Megatron-core and DeepSpeed",
     license="Apache-2.0",
     python_requires=">=3.12",
-    packages=find_packages(include=["galvatron_megatron", "galvatron_megatron.*"]),
-    package_data={"galvatron_megatron": ["data/**/*"]},
+    packages=[
+        *find_packages(include=["galvatron_megatron", "galvatron_megatron.*"]),
+        "galvatron_megatron.configs",
+    ],
+    package_dir={"galvatron_megatron.configs": "configs"},
+    package_data={"galvatron_megatron": ["data/**/*"], "galvatron_megatron.configs": ["**/*.yaml"]},
     install_requires=PLANNER,
     extras_require={"train": TRAIN, "report": REPORT, "dev": DEV},
     entry_points={"console_scripts": ["galvatron=galvatron_megatron.cli:main"]},

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from galvatron_megatron.describe.shipped import find_description
 from galvatron_megatron.errors import DescriptionError, did_you_mean
 
 GB = 1e9
@@ -238,7 +239,8 @@ def read_cluster(path: str | Path, nodes: int | None = None) -> Cluster:
     """Reads a cluster description.
 
     Args:
-        path: a YAML file with the fields of :class:`Cluster`; ``configs/clusters/`` holds examples.
+        path: a YAML file with the fields of :class:`Cluster`; ``configs/clusters/`` holds examples;
+            or the name of a shipped one, such as ``a100-80g``.
         nodes: how many nodes there are, instead of what the file says.
 
     Returns:
@@ -247,7 +249,7 @@ def read_cluster(path: str | Path, nodes: int | None = None) -> Cluster:
     Raises:
         DescriptionError: the file cannot be read, or a key or value in it is not valid.
     """
-    path = Path(path)
+    path = find_description("clusters", path)
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:

@@ -26,6 +26,7 @@ import yaml
 
 from galvatron_megatron.describe.hf_config import model_from_hf_config
 from galvatron_megatron.describe.model import Attention, Experts, Layer, Mamba, Mlp, Model
+from galvatron_megatron.describe.shipped import find_description
 from galvatron_megatron.errors import DescriptionError, did_you_mean
 from galvatron_megatron.plan.document import check_keys, read_document, write_document
 from galvatron_megatron.plan.layer_kind import LayerKind
@@ -41,13 +42,14 @@ def read_model(path: Path | str, *, seq_length: int | None = None) -> Model:
     """Reads a model file.
 
     Args:
-        path: our own ``.yaml``, ``.yml`` or ``.json``, a Hugging Face ``config.json``, or the directory of one.
+        path: our own ``.yaml``, ``.yml`` or ``.json``, a Hugging Face ``config.json``, or the directory of one;
+            or the name of a shipped model, such as ``llama2-7b``.
         seq_length: tokens of one training sample, instead of what the file says.
 
     Raises:
         DescriptionError: the file cannot be read, or names the field that is wrong and what would be valid.
     """
-    path = Path(path)
+    path = find_description("models", path)
     if path.is_dir():
         return model_from_hf_config(path, seq_length=seq_length)
     document = read_document(path, DescriptionError)
