@@ -1,48 +1,38 @@
 """One rank of a training job: runs case after case through Megatron's own ``pretrain()``.
 
-Started by ``test_runtime_*.py`` on several CPU ranks at once; reads cases from a JSON file and writes what it
-saw. A case is a plan, model arguments and options; every case starts from the same weights, which depend on
-nothing but the name of the parameter in a distributed checkpoint.
+Imported on ranks only (see ``runtime_rank``). A case is a plan, model arguments and options; every case starts
+from the same weights, which depend on nothing but the name of the parameter in a distributed checkpoint.
 """
 
 import hashlib
-import json
-import os
 import sys
-import time
-import traceback
-from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import torch
-
-from galvatron_megatron.integration import cpu_device
-
-cpu_device.install()
-
-import torch.distributed as dist  # noqa: E402
-from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import (  # noqa: E402
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     apply_factories,
 )
-from megatron.core.enums import ModelType  # noqa: E402
-from megatron.core.utils import unwrap_model  # noqa: E402
-from megatron.training import pretrain, set_startup_timestamps, training  # noqa: E402
-from megatron.training.argument_utils import (  # noqa: E402
+from megatron.core.enums import ModelType
+from megatron.core.utils import unwrap_model
+from megatron.training import pretrain, training
+from megatron.training.argument_utils import (
     gpt_config_from_args,
     hybrid_config_from_args,
     pretrain_cfg_container_from_args,
 )
-from megatron.training.arguments import parse_args, validate_args  # noqa: E402
-from megatron.training.global_vars import set_global_variables  # noqa: E402
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.global_vars import set_global_variables
+from runtime_mutations import MUTATIONS
 
-from galvatron_megatron.plan.layer_kind import LayerKind  # noqa: E402
-from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron  # noqa: E402
-from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan  # noqa: E402
-from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy  # noqa: E402
-from galvatron_megatron.runtime import attach  # noqa: E402
+from galvatron_megatron.integration import cpu_device
+from galvatron_megatron.plan.layer_kind import LayerKind
+from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
+from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
+from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
+from galvatron_megatron.runtime import attach
 
 SEQUENCE = 16
 VOCABULARY = 64
@@ -191,7 +181,7 @@ def forward_step(data_iterator, model):
         # The same number of tokens on every rank and micro-batch: the mean of means is the mean.
         tokens = torch.tensor(float(mask.numel()))
         report = torch.stack([total.detach(), tokens])
-        return total / 1, tokens.to(torch.int), {"lm loss": report}
+        return total, tokens.to(torch.int), {"lm loss": report}
 
     return output, loss
 
@@ -257,7 +247,7 @@ def gather_weights(models) -> dict[str, np.ndarray]:
     return whole
 
 
-def run_case(case: dict, mutations: dict) -> dict:
+def run_case(case: dict) -> dict:
     """Trains one case and returns losses, gradient norms, zero counts and the final weights."""
     world_size = dist.get_world_size()
     plan = plan_of(case, world_size)
@@ -269,12 +259,8 @@ def run_case(case: dict, mutations: dict) -> dict:
     for name, value in case.get("late_arguments", {}).items():
         setattr(args, name, value)
     set_global_variables(args)
-    mutation = mutations[case["mutation"]]() if case.get("mutation") else None
-    real_step, real_setup, real_save = (
-        training.train_step,
-        training.setup_model_and_optimizer,
-        training.save_checkpoint,
-    )
+    undo = MUTATIONS[case["mutation"]]() if case.get("mutation") else None
+    real_step, real_setup = training.train_step, training.setup_model_and_optimizer
     models = []
 
     def setup(*arguments_, **options):
@@ -315,38 +301,8 @@ def run_case(case: dict, mutations: dict) -> dict:
         seen["losses"] = next((values for values in losses if values), [])
     finally:
         training.train_step, training.setup_model_and_optimizer = real_step, real_setup
-        training.save_checkpoint = real_save
-        if mutation is not None:
-            mutation()
+        if undo is not None:
+            undo()
         attach.uninstall()
         training.destroy_global_state()
     return seen
-
-
-def main() -> None:
-    cases = json.loads(Path(sys.argv[1]).read_text())
-    out = Path(sys.argv[2])
-    set_startup_timestamps(program_start=time.time(), main_entry=time.time())
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    torch.set_num_threads(1)
-    from runtime_mutations import MUTATIONS
-
-    for case in cases:
-        begin = time.time()
-        try:
-            seen = run_case(case, MUTATIONS)
-        except Exception as error:
-            (out / f"{case['name']}.rank{dist.get_rank()}.error").write_text(traceback.format_exc())
-            print(f"rank {dist.get_rank()} case {case['name']}: {error!r}", file=sys.stderr, flush=True)
-            os._exit(1)
-        if dist.get_rank() == 0:
-            weights = seen.pop("weights")
-            seen["seconds"] = time.time() - begin
-            np.savez(out / f"{case['name']}.npz", **weights)
-            (out / f"{case['name']}.json").write_text(json.dumps(seen))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

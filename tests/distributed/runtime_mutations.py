@@ -1,3 +1,81 @@
-"""Deliberate mistakes in the runtime, each of which the parity tests must notice."""
+"""Deliberate mistakes in the runtime, each of which the parity tests must notice.
 
-MUTATIONS = {}
+Every function makes one mistake and returns what undoes it.
+"""
+
+import torch
+
+from galvatron_megatron.runtime import data_parallel
+from galvatron_megatron.runtime.data_parallel import PlannedDataParallel
+from galvatron_megatron.runtime.optimizer import PlannedOptimizer
+from galvatron_megatron.runtime.resharding import Resharder
+
+
+def _replace(owner, name, value):
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    return lambda: setattr(owner, name, original)
+
+
+def gradient_scale():
+    """Gradients scaled by each class's own number of replicas instead of the base's."""
+    build = data_parallel._build_part
+
+    def mistaken(*arguments):
+        part = build(*arguments)
+        for buffer in part.buffers:
+            for bucket in buffer.buckets:
+                bucket.gradient_scaling_factor = 1.0 / part.dp_cp_group.size()
+        return part
+
+    return _replace(data_parallel, "_build_part", mistaken)
+
+
+def skipped_layernorm_sum():
+    """Norms' gradients left as each tp rank computed them."""
+    return _replace(PlannedDataParallel, "sum_partial_gradients", lambda self: None)
+
+
+def stale_resharding():
+    """The first tile that was moved arrives again and again."""
+    move = Resharder.move
+    kept = {}
+
+    def mistaken(self, tile, *, backward=False):
+        fresh = move(self, tile, backward=backward)
+        return kept.setdefault((id(self), backward, fresh.shape), fresh.clone()).clone()
+
+    return _replace(Resharder, "move", mistaken)
+
+
+def dropped_gradient():
+    """The way back through a resharding returns zeros."""
+    move = Resharder.move
+
+    def mistaken(self, tile, *, backward=False):
+        fresh = move(self, tile, backward=backward)
+        return torch.zeros_like(fresh) if backward else fresh
+
+    return _replace(Resharder, "move", mistaken)
+
+
+def replicas_counted():
+    """Every replica's gradient counts in the norm, not one of each."""
+    init = PlannedOptimizer.__init__
+
+    def mistaken(self, optimizers, *, counted, **options):
+        init(self, optimizers, counted=[True] * len(counted), **options)
+
+    return _replace(PlannedOptimizer, "__init__", mistaken)
+
+
+MUTATIONS = {
+    function.__name__: function
+    for function in (
+        gradient_scale,
+        skipped_layernorm_sum,
+        stale_resharding,
+        dropped_gradient,
+        replicas_counted,
+    )
+}

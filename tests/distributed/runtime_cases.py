@@ -1,0 +1,194 @@
+"""The plans whose training is held against one rank of stock Megatron; no torch, no Megatron."""
+
+from itertools import pairwise
+
+MODERN = {
+    "swiglu": True,
+    "normalization": "RMSNorm",
+    "disable-bias-linear": True,
+    "position-embedding-type": "rope",
+    "untie-embeddings-and-output-weights": True,
+}
+CLASSIC = {"position-embedding-type": "learned_absolute"}
+"""Tied embeddings, biases, LayerNorm, GeLU."""
+GROUPED = {
+    **MODERN,
+    "group-query-attention": True,
+    "num-query-groups": 2,
+    "qk-layernorm": True,
+    "vocab-size": 61,
+}
+"""Two key-value heads, norms inside the heads, a vocabulary that is padded differently at each tp."""
+
+MODELS = {
+    "modern": {"arguments": MODERN},
+    "classic": {"arguments": CLASSIC},
+    "grouped": {"arguments": GROUPED},
+    "hybrid": {"arguments": MODERN, "pattern": "*-*-"},
+    "bf16": {"arguments": {**MODERN, "bf16": True}},
+    "fp16": {"arguments": {**MODERN, "fp16": True, "initial-loss-scale": 2**24, "loss-scale-window": 4}},
+}
+
+LAYOUTS = ("tp1", "tp2", "tp2+megatron", "tp4", "tp4+megatron")
+
+
+def case(name, model, base, *stages, pattern=None, **options):
+    """One training run: model, base strategy and the strategies of each stage's layers, in words."""
+    known = MODELS[model]
+    arguments = {**known["arguments"], **options.pop("arguments", {})}
+    made = {"name": name, "model": model, "base": base, "stages": [list(s) for s in stages], **options}
+    if pattern or "pattern" in known:
+        made["pattern"] = pattern or known["pattern"]
+    return {**made, "arguments": arguments}
+
+
+def reference(model):
+    """The same model on one rank of stock Megatron."""
+    return case(f"reference-{model}", model, "tp1", ["tp1"] * 4)
+
+
+def pair_cases():
+    """Plans that between them change from every layout to every other one, over every base layout."""
+    cases = []
+    for position, base in enumerate(LAYOUTS):
+        for shift in (position % 4 + 1, (position + 2) % 4 + 1):
+            # From the base through all others back to the base, always by the same distance.
+            walk = [LAYOUTS[(position + shift * step) % len(LAYOUTS)] for step in range(1, 5)]
+            cases.append(case(f"pairs-{position}-{shift}", "modern", base, walk))
+    return cases
+
+
+MIXED = ("tp1", "tp2+megatron", "tp4 recompute-selective", "tp2")
+
+FEATURES = (
+    case(
+        "sharded-everywhere",
+        "modern",
+        "tp1 zero1",
+        ["tp1 zero1", "tp2 zero1", "tp4 zero1", "tp2+megatron zero1"],
+    ),
+    case("sharded-in-part", "modern", "tp2", ["tp1 zero1", "tp2", "tp4 zero1", "tp2+megatron"]),
+    case("ulysses", "modern", "tp1", ["tp2+ulysses", "tp4+ulysses", "tp1", "tp4+ulysses zero1"]),
+    case(
+        "ulysses-recomputed",
+        "modern",
+        "tp2+megatron",
+        ["tp4+ulysses recompute-full", "tp2", "tp2+ulysses", "tp1"],
+    ),
+    case(
+        "recompute",
+        "modern",
+        "tp2",
+        [
+            "tp4 recompute-full",
+            "tp2+megatron recompute-full",
+            "tp1 recompute-selective",
+            "tp4+megatron recompute-selective",
+        ],
+    ),
+    case("overlapped", "modern", "tp1", MIXED, arguments={"overlap-grad-reduce": True}),
+    case(
+        "overlapped-gather",
+        "modern",
+        "tp1 zero1",
+        ["tp1 zero1", "tp2 zero1", "tp4+megatron", "tp4+ulysses zero1"],
+        arguments={"overlap-grad-reduce": True, "overlap-param-gather": True},
+    ),
+    case("unclipped", "modern", "tp2", MIXED, arguments={"clip-grad": 0.0}),
+    case("token-loss", "modern", "tp1", MIXED, arguments={"calculate-per-token-loss": True}),
+    case(
+        "bucketed",
+        "modern",
+        "tp1 zero1",
+        MIXED,
+        arguments={"overlap-grad-reduce": True, "ddp-bucket-size": 500},
+    ),
+    case("classic", "classic", "tp1", MIXED),
+    case("classic-split", "classic", "tp2+megatron", MIXED),
+    case("classic-4", "classic", "tp4+megatron zero1", ["tp1", "tp4+megatron", "tp2+megatron zero1", "tp4"]),
+    case("classic-pipeline", "classic", "tp2", ["tp1"], ["tp2", "tp2+megatron", "tp1"], pp=2),
+    case("classic-pipeline-ulysses", "classic", "tp1", ["tp2+ulysses", "tp1"], ["tp2", "tp2+ulysses"], pp=2),
+    case("grouped", "grouped", "tp2", ["tp4+megatron", "tp2+ulysses", "tp4+ulysses", "tp1"]),
+    case("grouped-split", "grouped", "tp2+megatron", ["tp2+megatron", "tp4+ulysses", "tp1", "tp4"]),
+    case("grouped-4", "grouped", "tp4", ["tp2", "tp1", "tp4+megatron", "tp2+megatron"]),
+    case(
+        "pipeline",
+        "modern",
+        "tp2",
+        ["tp1", "tp2 recompute-selective"],
+        ["tp2+megatron", "tp1 recompute-full"],
+        pp=2,
+    ),
+    case("pipeline-uneven", "modern", "tp1", ["tp2+megatron", "tp1", "tp2"], ["tp1 zero1"], pp=2),
+    case("pipeline-split", "modern", "tp2+megatron zero1", ["tp1", "tp2"], ["tp2+ulysses", "tp1 zero1"], pp=2),
+    case(
+        "interleaved",
+        "modern",
+        "tp1",
+        ["tp2"],
+        ["tp1"],
+        ["tp2+megatron"],
+        ["tp1 recompute-full"],
+        pp=2,
+        virtual=2,
+        micro_batches=4,
+        micro_batch=1,
+    ),
+    case(
+        "interleaved-classic",
+        "classic",
+        "tp2+megatron",
+        ["tp2"],
+        ["tp1"],
+        ["tp2+megatron"],
+        ["tp1"],
+        pp=2,
+        virtual=2,
+        micro_batch=2,
+    ),
+    case(
+        "interleaved-overlapped",
+        "modern",
+        "tp1 zero1",
+        ["tp2 zero1"],
+        ["tp1 zero1"],
+        ["tp2"],
+        ["tp1"],
+        pp=2,
+        virtual=2,
+        micro_batch=1,
+        arguments={"overlap-grad-reduce": True},
+    ),
+    case("hybrid", "hybrid", "tp1", ["tp1", "tp2", "tp4+megatron", "tp2+megatron"]),
+    case("hybrid-attention-apart", "hybrid", "tp2", ["tp4+ulysses", "tp1", "tp4", "tp2 zero1"]),
+    case(
+        "hybrid-pipeline",
+        "hybrid",
+        "tp2",
+        ["tp2+ulysses", "tp1"],
+        ["tp2", "tp1 recompute-full"],
+        pp=2,
+        pattern="*-|*-",
+    ),
+    case("hybrid-split", "hybrid", "tp4+megatron", ["tp1 recompute-full", "tp4+megatron", "tp2", "tp4"]),
+)
+
+HALF = (
+    case("bf16", "bf16", "tp1", MIXED),
+    case(
+        "bf16-sharded", "bf16", "tp2+megatron zero1", ["tp4+ulysses zero1", "tp1", "tp4+megatron zero1", "tp2"]
+    ),
+    case("fp16", "fp16", "tp2 zero1", ["tp4+ulysses", "tp1", "tp4+megatron zero1", "tp2"]),
+)
+"""Compared within the noise of the precision, and as to which steps were skipped exactly."""
+
+
+def changes(cases):
+    """The pairs of layouts between which plans move activations."""
+    found = set()
+    for made in cases:
+        for stage in made["stages"]:
+            words = [made["base"], *stage, made["base"]]
+            layouts = [text.split()[0] for text in words]
+            found |= {(a, b) for a, b in pairwise(layouts) if a != b}
+    return found

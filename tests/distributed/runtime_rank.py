@@ -1,0 +1,54 @@
+"""What the runtime's distributed tests ask of ranks and remember of it; Megatron is imported on ranks only."""
+
+import numpy as np
+from runtime_cases import MODELS, reference
+
+_references = {}
+
+
+def train(rank, world_size, case):
+    """Runs on every rank: trains a case through Megatron's pretrain."""
+    from runtime_job import run_case
+
+    seen = run_case(case)
+    if rank:
+        del seen["weights"]
+    return seen
+
+
+def references(ranks):
+    """What one rank of stock Megatron saw of every model; trained once per test session."""
+    if not _references:
+        for model in MODELS:
+            _references[model] = ranks(1).run(train, reference(model))[0]
+    return _references
+
+
+def relative(values, expected):
+    """Largest relative difference between two series."""
+    values, expected = np.asarray(values, dtype=float), np.asarray(expected, dtype=float)
+    assert values.shape == expected.shape
+    return float(np.max(np.abs(values - expected) / np.abs(expected)))
+
+
+def weight_difference(weights, expected):
+    """Largest relative two-norm by which any weight differs; rows that only pad the vocabulary are left out."""
+    assert weights.keys() == expected.keys()
+    worst = 0.0
+    for name, wanted in expected.items():
+        value = weights[name]
+        if value.shape != wanted.shape:
+            rows = min(len(value), len(wanted))
+            value, wanted = value[:rows], wanted[:rows]
+        assert np.isfinite(value).all(), f"{name} has a hole"
+        worst = max(worst, float(np.linalg.norm(value - wanted) / np.linalg.norm(wanted)))
+    return worst
+
+
+def assert_same_training(seen, expected, steps=slice(None), tolerance=1e-5, *, weights=True):
+    """Losses, gradient norms and final weights agree, and all copies of a weight are equal to the bit."""
+    assert relative(seen["losses"], expected["losses"][steps]) < tolerance
+    assert relative(seen["norms"], expected["norms"][steps]) < tolerance
+    assert seen["copies_differ"] == 0.0
+    if weights:
+        assert weight_difference(seen["weights"], expected["weights"]) < tolerance

@@ -1,0 +1,72 @@
+"""A checkpoint saved under one plan goes on under another as if the job had never stopped."""
+
+import pytest
+from runtime_cases import case
+from runtime_rank import assert_same_training, references, train
+
+pytestmark = pytest.mark.distributed
+HALFWAY = 5
+PLANS = {
+    "mixed": (4, "tp1", [["tp1", "tp2", "tp4 zero1", "tp4+ulysses"]], {}),
+    "split": (4, "tp2+megatron zero1", [["tp4+megatron zero1", "tp1 zero1", "tp2", "tp1 recompute-full"]], {}),
+    "pipeline": (4, "tp2 zero1", [["tp2+megatron zero1", "tp1"], ["tp1 zero1", "tp2"]], {"pp": 2}),
+    "uneven": (4, "tp1", [["tp2"], ["tp1", "tp2+ulysses", "tp1"]], {"pp": 2}),
+    "uniform": (4, "tp2 zero1", [["tp2 zero1"] * 4], {}),
+    "interleaved": (4, "tp1", [["tp1"]] * 4, {"pp": 2, "virtual": 2, "micro_batches": 4, "micro_batch": 1}),
+    "two": (2, "tp1", [["tp2", "tp1", "tp2+megatron zero1", "tp1"]], {}),
+    "one": (1, "tp1", [["tp1"] * 4], {}),
+}
+PAIRS = (
+    ("mixed", "pipeline"),
+    ("mixed", "uniform"),
+    ("mixed", "two"),
+    ("split", "mixed"),
+    ("split", "interleaved"),
+    ("pipeline", "uneven"),
+    ("uneven", "split"),
+    ("uniform", "mixed"),
+    ("interleaved", "split"),
+    ("mixed", "one"),
+)
+
+
+def of(name, model, arguments):
+    world_size, base, stages, options = PLANS[name]
+    return world_size, case(name, model, base, *stages, **options, arguments=arguments)
+
+
+@pytest.fixture(scope="module")
+def saved(ranks, tmp_path_factory):
+    """Directories of checkpoints at halfway, by plan."""
+    folders = {}
+
+    def folder(name, model="modern"):
+        if (name, model) not in folders:
+            where = tmp_path_factory.mktemp(f"{model}-{name}")
+            arguments = {"save": str(where), "save-interval": HALFWAY, "train-iters": HALFWAY}
+            world_size, made = of(name, model, arguments)
+            seen = ranks(world_size).run(train, made)[0]
+            tolerance = 1e-5 if model == "modern" else 1e-2
+            assert_same_training(seen, references(ranks)[model], slice(0, HALFWAY), tolerance, weights=False)
+            folders[name, model] = where
+        return folders[name, model]
+
+    return folder
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS)
+def test_goes_on_under_another_plan(ranks, saved, before, after):
+    arguments = {"load": str(saved(before)), "override-opt-param-scheduler": True}
+    world_size, made = of(after, "modern", arguments)
+    seen = ranks(world_size).run(train, made)[0]
+    assert len(seen["losses"]) == 10 - HALFWAY, "the job must resume where the other stopped"
+    assert_same_training(seen, references(ranks)["modern"], slice(HALFWAY, None))
+
+
+def test_main_weights_of_bf16_survive(ranks, saved):
+    """bf16 weights alone would lose 16 bits of the main weights; losses would then leave the first job's."""
+    arguments = {"load": str(saved("mixed", "bf16")), "override-opt-param-scheduler": True}
+    world_size, made = of("split", "bf16", arguments)
+    seen = ranks(world_size).run(train, made)[0]
+    expected = references(ranks)["bf16"]
+    assert_same_training(seen, expected, slice(HALFWAY, None), 1e-2)

@@ -1,0 +1,119 @@
+"""Plans whose layers differ train exactly as one rank of stock Megatron does, through Megatron's pretrain."""
+
+import os
+from itertools import product
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from runtime_cases import FEATURES, HALF, LAYOUTS, MIXED, case, changes, pair_cases
+from runtime_rank import assert_same_training, references, relative, train, weight_difference
+
+pytestmark = pytest.mark.distributed
+RANDOM_PLANS = int(os.environ.get("GALVATRON_RANDOM_PLANS", "25"))
+SHORT = 4
+"""Steps of a randomly drawn plan."""
+
+
+def test_the_reference_learns(ranks):
+    for model, seen in references(ranks).items():
+        assert min(seen["losses"]) < 0.95 * seen["losses"][0] or model == "fp16", model
+        assert not seen["planned"]
+        assert max(seen["norms"][-3:]) > 1.0, "clipping at 1.0 must be active"
+
+
+def test_the_plans_change_between_all_pairs_of_layouts():
+    assert changes(pair_cases()) >= {(a, b) for a, b in product(LAYOUTS, LAYOUTS) if a != b}
+
+
+@pytest.mark.parametrize("made", [*pair_cases(), *FEATURES], ids=lambda made: made["name"])
+def test_same_training(ranks, made):
+    expected = references(ranks)[made["model"]]
+    if made["name"] in ("unclipped", "token-loss"):
+        expected = ranks(1).run(train, {**made, "stages": [["tp1"] * 4], "base": "tp1"})[0]
+    seen = ranks(4).run(train, made)[0]
+    assert seen["planned"]
+    assert_same_training(seen, expected)
+    assert len(seen["created"]) == len({tuple(r) for r in seen["created"]}), "a communicator created twice"
+
+
+@pytest.mark.parametrize("made", HALF, ids=lambda made: made["name"])
+def test_half_precision_within_its_noise(ranks, made):
+    expected = references(ranks)[made["model"]]
+    exact = references(ranks)["modern"]
+    seen = ranks(4).run(train, made)[0]
+    assert seen["skipped"] == expected["skipped"]
+    assert seen["copies_differ"] == 0.0
+    kept = [step for step, skipped in enumerate(seen["skipped"]) if not skipped]
+    norms = [seen["norms"][step] for step in kept]
+    # One rank in this precision is itself this far from fp32; a plan may be as far from that rank.
+    noise = 3e-3 if made["model"] == "bf16" else 1e-3
+    if made["model"] == "bf16":
+        assert relative(expected["losses"], exact["losses"]) < noise
+    assert relative(seen["losses"], expected["losses"]) < noise
+    assert relative(norms, [expected["norms"][step] for step in kept]) < 10 * noise
+    assert weight_difference(seen["weights"], expected["weights"]) < 3 * noise
+
+
+def test_fp16_skips_the_steps_that_overflow(ranks):
+    skipped = references(ranks)["fp16"]["skipped"]
+    assert 0 < sum(skipped) < len(skipped)
+
+
+WORDS = st.tuples(
+    st.sampled_from((*LAYOUTS, "tp2+ulysses", "tp4+ulysses")),
+    st.sampled_from(("", " zero1")),
+    st.sampled_from(("", "", " recompute-full", " recompute-selective")),
+).map("".join)
+BASES = st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(("", " zero1"))).map("".join)
+
+
+@settings(
+    max_examples=RANDOM_PLANS,
+    derandomize=True,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    base=BASES,
+    layers=st.lists(WORDS, min_size=4, max_size=4),
+    model=st.sampled_from(("modern", "classic", "grouped")),
+    split=st.sampled_from((0, 0, 1, 2, 3)),
+)
+def test_random_plans(ranks, base, layers, model, split):
+    stages = [layers]
+    options = {}
+    if split:  # two pipeline stages of two ranks each
+        base, layers = base.replace("tp4", "tp2"), [words.replace("tp4", "tp2") for words in layers]
+        stages, options = [layers[:split], layers[split:]], {"pp": 2}
+    made = case("random", model, base, *stages, **options, arguments={"train-iters": SHORT})
+    seen = ranks(4).run(train, made)[0]
+    assert_same_training(seen, references(ranks)[model], slice(0, SHORT), weights=False)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    ["gradient_scale", "skipped_layernorm_sum", "stale_resharding", "dropped_gradient", "replicas_counted"],
+)
+def test_a_mistake_is_noticed(ranks, mistake):
+    made = case("mistaken", "modern", "tp1", MIXED, arguments={"train-iters": SHORT}, mutation=mistake)
+    seen = ranks(4).run(train, made)[0]
+    with pytest.raises(AssertionError):
+        assert_same_training(seen, references(ranks)["modern"], slice(0, SHORT), weights=False)
+
+
+@pytest.mark.parametrize("words", ["tp2+megatron", "tp4", "tp2+ulysses"])
+def test_dropout_is_repeated_by_recomputation(ranks, words):
+    arguments = {"hidden-dropout": 0.1, "attention-dropout": 0.1, "train-iters": SHORT}
+    runs = [
+        ranks(4).run(
+            train, case("dropout", "modern", "tp2", [words + recompute, "tp1"] * 2, arguments=arguments)
+        )[0]
+        for recompute in ("", " recompute-full", " recompute-selective")
+    ]
+    for run in runs[1:]:
+        assert relative(run["losses"], runs[0]["losses"]) < 1e-6
+        assert relative(run["norms"], runs[0]["norms"]) < 1e-6
+    assert all(run["copies_differ"] == 0.0 for run in runs)
+    assert relative(runs[0]["losses"], references(ranks)["modern"]["losses"][:SHORT]) > 1e-4

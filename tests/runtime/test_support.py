@@ -1,0 +1,136 @@
+"""What cannot be run is refused with the reason and what to change, before a model is built."""
+
+from argparse import Namespace
+from dataclasses import replace
+
+import pytest
+
+from galvatron_megatron.errors import UnsupportedPlanError
+from galvatron_megatron.plan.layer_kind import LayerKind
+from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
+from galvatron_megatron.plan.strategy import SequenceParallel, Strategy
+from galvatron_megatron.runtime import support
+from galvatron_megatron.runtime.support import check_supported
+
+TWO = Strategy(tp=2, dp=2)
+ONE = Strategy(tp=1, dp=4)
+
+
+def plan(*strategies, kind=LayerKind.BLOCK, base=ONE):
+    layers = tuple(LayerPlan(kind=kind, strategy=strategy) for strategy in strategies)
+    return Plan(pp=1, micro_batch_size=2, micro_batches=2, base=base, stages=(StagePlan(layers=layers),))
+
+
+def arguments(**changes):
+    values = {
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "micro_batch_size": 2,
+        "global_batch_size": 16,
+        "sequence_parallel": False,
+        "use_distributed_optimizer": False,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "num_query_groups": 1,
+        "group_query_attention": False,
+        "ffn_hidden_size": 64,
+        "seq_length": 16,
+        "optimizer": "adam",
+        "ckpt_format": "torch_dist",
+        "cuda_graph_impl": "none",
+    }
+    return Namespace(**(values | changes))
+
+
+def test_a_mixed_plan_runs():
+    check_supported(plan(ONE, TWO), arguments())
+
+
+def test_a_plan_of_stock_megatron_is_not_questioned():
+    check_supported(plan(ONE, ONE), arguments(num_experts=8, fp8="e4m3"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("context_parallel_size", 2),
+        ("num_experts", 8),
+        ("mtp_num_layers", 1),
+        ("reset_attention_mask", True),
+        ("sft", True),
+        ("cuda_graph_impl", "local"),
+        ("fp8", "e4m3"),
+        ("use_megatron_fsdp", True),
+        ("optimizer", "muon"),
+        ("recompute_granularity", "full"),
+        ("log_params_norm", True),
+        ("use_tp_pp_dp_mapping", True),
+        ("ckpt_format", "torch"),
+        ("tp_comm_overlap", True),
+    ],
+)
+def test_arguments_in_the_way_are_named(name, value):
+    with pytest.raises(UnsupportedPlanError) as error:
+        check_supported(plan(ONE, TWO), arguments(**{name: value}))
+    text = str(error.value)
+    assert f"--{name.replace('_', '-')}" in text
+    assert "valid: " in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tensor_model_parallel_size", 2), ("global_batch_size", 32), ("use_distributed_optimizer", True)],
+)
+def test_arguments_that_contradict_the_plan_are_named(name, value):
+    with pytest.raises(UnsupportedPlanError, match=name.replace("_", "-")):
+        check_supported(plan(ONE, TWO), arguments(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changes", "words"),
+    [
+        (Strategy(tp=4, dp=1), {"num_attention_heads": 6}, "attention heads"),
+        (Strategy(tp=4, dp=1), {"ffn_hidden_size": 66}, "ffn-hidden-size"),
+        (
+            Strategy(tp=4, dp=1, sequence_parallel=SequenceParallel.MEGATRON),
+            {"seq_length": 18},
+            "seq-length",
+        ),
+        (
+            Strategy(tp=2, dp=2),
+            {"group_query_attention": True, "num_query_groups": 3, "num_attention_heads": 6},
+            "query groups",
+        ),
+        (Strategy(tp=1, dp=4, zero=2), {}, "zero 2"),
+        (Strategy(tp=1, cp=2, dp=2), {}, "cp 2"),
+    ],
+)
+def test_layers_that_cannot_run_are_named(strategy, changes, words):
+    with pytest.raises(UnsupportedPlanError, match=words) as error:
+        check_supported(plan(ONE, strategy), arguments(**changes))
+    assert "layer 1" in str(error.value)
+
+
+def test_sharding_beyond_the_optimizer_is_not_ignored_where_all_layers_agree():
+    sharded = replace(ONE, zero=3)
+    with pytest.raises(UnsupportedPlanError, match="zero"):
+        check_supported(plan(sharded, sharded, base=sharded), arguments())
+
+
+@pytest.mark.parametrize("kind", [LayerKind.MOE_BLOCK, LayerKind.MAMBA, LayerKind.MOE])
+def test_kinds_that_cannot_run_are_named(kind):
+    with pytest.raises(UnsupportedPlanError, match=kind.value):
+        check_supported(plan(ONE, TWO, kind=kind), arguments())
+
+
+def test_another_megatron_is_refused(monkeypatch):
+    monkeypatch.setattr(support, "version", lambda name: "0.21.0")
+    with pytest.raises(UnsupportedPlanError, match=r"0\.21\.0"):
+        check_supported(plan(ONE, TWO), arguments())
+    check_supported(plan(ONE, ONE), arguments())
+
+
+def test_the_number_of_layers_must_fit():
+    with pytest.raises(UnsupportedPlanError, match="num-layers"):
+        check_supported(plan(ONE, TWO, ONE), arguments())
