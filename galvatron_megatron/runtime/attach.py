@@ -96,11 +96,15 @@ class Attachment:
             self._context = RuntimeContext.create(self.plan, self._args, observer=_observer(self._args))
         return self._context
 
-    def detach(self) -> None:
-        """Puts Megatron back as it was and destroys the plan's groups."""
+    def detach(self, *, keep_groups: bool = False) -> None:
+        """Puts Megatron back as it was.
+
+        Args:
+            keep_groups: leave the plan's groups to a model that is still in use.
+        """
         for owner, name, original in self._originals:
             setattr(owner, name, original)
-        if self._context is not None:
+        if self._context is not None and not keep_groups:
             self._context.destroy()
             self._context = None
 
