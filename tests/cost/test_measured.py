@@ -1,0 +1,206 @@
+"""Prices from a profile: every uniform plan has one, it is the sum of its terms, and nothing is guessed."""
+
+from dataclasses import replace
+
+import pytest
+from profiles import (
+    EMBEDDING_PARAMETERS,
+    LATENCY,
+    LAYER_PARAMETERS,
+    PER_BYTE,
+    REPLICATED,
+    small_model,
+    small_profile,
+)
+
+from galvatron_megatron.cost.estimate import estimate_plan
+from galvatron_megatron.cost.measured import UNAVAILABLE_BYTES, MeasuredCostModel
+from galvatron_megatron.cost.measured_points import CurveTable, PartTable, fit_steps
+from galvatron_megatron.cost.options import RunOptions
+from galvatron_megatron.cost.protocol import Setting
+from galvatron_megatron.describe.cluster import Cluster, Constants, Device, Link
+from galvatron_megatron.describe.profile import EMBEDDING, StepPoint
+from galvatron_megatron.describe.profile_key import layer_digest
+from galvatron_megatron.errors import DescriptionError
+from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
+from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
+
+MODEL = small_model()
+PROFILE = small_profile(MODEL)
+DIGEST = layer_digest(MODEL.layers[0])
+LINK = Link(gb_per_second=1.0, latency_us=100.0, efficiency=1.0, base_us=0.0)
+CLUSTER = Cluster(
+    name="four ranks",
+    nodes=1,
+    devices_per_node=4,
+    device=Device(
+        name="cpu",
+        memory_gib=8.0,
+        bf16_tflops=1.0,
+        fp16_tflops=1.0,
+        fp32_tflops=1.0,
+        memory_gb_per_second=10.0,
+        processors=4,
+    ),
+    intra_node=LINK,
+    inter_node=LINK,
+    constants=Constants(memory_slack=0.0, context_gib=0.0, workspace_mib=0.0),
+)
+
+
+def costs(**changes: object) -> MeasuredCostModel:
+    return MeasuredCostModel(MODEL, CLUSTER, replace(PROFILE, **changes), RunOptions(implementation="local"))
+
+
+def uniform(
+    *,
+    pp: int = 1,
+    tp: int = 1,
+    zero: int = 0,
+    size: int = 1,
+    batch: int = 8,
+    recompute: Recompute = Recompute.NONE,
+    kind: SequenceParallel = SequenceParallel.NONE,
+) -> Plan:
+    dp = 4 // pp // tp
+    base = Strategy(tp=tp, dp=dp, zero=zero, sequence_parallel=kind)
+    layer = LayerPlan(kind=MODEL.layers[0].kind, strategy=replace(base, recompute=recompute))
+    return Plan(
+        pp=pp,
+        micro_batch_size=size,
+        micro_batches=batch // dp // size,
+        base=base,
+        stages=(StagePlan(layers=(layer,) * (len(MODEL.layers) // pp)),) * pp,
+    )
+
+
+def all_uniform():
+    for pp, tp in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1)):
+        dp = 4 // pp // tp
+        for size in (1, 2):
+            for zero in (0, 1) if dp > 1 else (0,):
+                for recompute in Recompute:
+                    for kind in (SequenceParallel.NONE, SequenceParallel.MEGATRON)[: 1 + (tp > 1)]:
+                        yield uniform(pp=pp, tp=tp, zero=zero, size=size, recompute=recompute, kind=kind)
+
+
+@pytest.mark.parametrize(
+    "plan", list(all_uniform()), ids=lambda p: f"pp{p.pp} {p.layers[0].strategy} b{p.micro_batch_size}"
+)
+def test_every_uniform_plan_is_priced_from_measurements(plan):
+    model = costs()
+    found = estimate_plan(plan, model)
+    assert not model.refusals
+    assert 0 < found.step_seconds < 1
+    assert found.peak_bytes < 100e6
+    for stage in found.stages:
+        assert {term.source for term in stage.micro_batch_terms if "pipeline" not in term.name} == {"measured"}
+        assert sum(t.value for t in stage.micro_batch_terms) == pytest.approx(stage.seconds)
+        assert sum(t.value for t in stage.sync_terms) == pytest.approx(stage.sync_seconds)
+
+
+def test_the_step_of_a_data_parallel_plan_is_what_one_computes_by_hand():
+    found = estimate_plan(uniform(size=2), costs())
+    # One micro-batch of 2 samples: 4 layers of (2 + 4) ms, embedding and head 0.6 ms each.
+    assert found.pipeline_seconds == pytest.approx(4 * 6e-3 + 2 * 0.6e-3)
+    parameters = 4 * LAYER_PARAMETERS + EMBEDDING_PARAMETERS + 256
+    reduce = LATENCY + 4 * parameters * PER_BYTE
+    optimizer = 1e-5 * (4 * 12 + 4) + 2e-9 * parameters
+    assert found.sync_seconds == pytest.approx(reduce + optimizer, rel=1e-3)
+    assert found.stages[0].state_bytes == 16 * parameters
+    assert found.stages[0].activation_bytes == 4 * 1_600_000 + 2 * 60_000
+
+
+def test_zero_1_trades_an_all_reduce_for_two_halves_and_shards_the_optimizer():
+    plain, sharded = (estimate_plan(uniform(zero=zero), costs()) for zero in (0, 1))
+    names = {term.name: term.value for term in sharded.stages[0].sync_terms}
+    assert set(names) == {"gradient reduction", "parameter gathering", "optimizer"}
+    assert names["optimizer"] < {t.name: t.value for t in plain.stages[0].sync_terms}["optimizer"]
+    parameters = 4 * LAYER_PARAMETERS + EMBEDDING_PARAMETERS + 256
+    assert sharded.stages[0].state_bytes == pytest.approx(8 * parameters + 8 * parameters / 4, rel=1e-5)
+
+
+def test_sequence_parallelism_adds_the_gradients_that_every_rank_holds():
+    found = estimate_plan(uniform(tp=2, kind=SequenceParallel.MEGATRON), costs())
+    terms = {term.name: term.value for term in found.stages[0].sync_terms}
+    assert terms["replicated gradients over tp"] == pytest.approx(LATENCY + 4 * 4 * REPLICATED * PER_BYTE)
+
+
+def test_a_pipeline_sends_and_keeps_its_tied_embeddings_equal():
+    model = costs()
+    plan = uniform(pp=2)
+    found = estimate_plan(plan, model)
+    message = MODEL.seq_length * MODEL.hidden_size * 4
+    assert found.stages[0].chunks[0].send_seconds == pytest.approx(2 * (LATENCY + message * PER_BYTE))
+    assert found.stages[1].chunks[0].send_seconds == 0
+    last = {term.name: term.value for term in found.stages[1].sync_terms}
+    copied = MODEL.padded_vocab_size(1) * MODEL.hidden_size
+    assert last["tied embedding gradient"] == pytest.approx(LATENCY + 4 * copied * PER_BYTE)
+    untied = small_model(tied=False)
+    other = MeasuredCostModel(untied, CLUSTER, small_profile(untied), RunOptions(implementation="local"))
+    names = {term.name for term in estimate_plan(plan, other).stages[1].sync_terms}
+    assert "tied embedding gradient" not in names
+
+
+def test_what_was_not_measured_never_fits_and_is_named():
+    model = costs()
+    setting = Setting(pp=1, virtual_stages=1, micro_batch_size=1, micro_batches=8, base=Strategy(dp=4))
+    for strategy in (
+        Strategy(cp=2, dp=2),
+        Strategy(dp=4, zero=2),
+        Strategy(tp=2, dp=2, sequence_parallel=SequenceParallel.ULYSSES),
+        Strategy(tp=4),
+    ):
+        assert model.layer_cost(0, strategy, setting).transient_bytes == UNAVAILABLE_BYTES
+    assert len(model.refusals) == 4
+    assert set(model.refusals.values()) == {"not measured"}
+
+
+def test_a_failed_measurement_counts_for_larger_micro_batches_too():
+    failed = tuple(
+        replace(point, failure="out of memory")
+        if (point.part, point.tp, point.micro_batch_size) == (DIGEST, 1, 2)
+        else point
+        for point in PROFILE.parts
+    )
+    table = PartTable(replace(PROFILE, parts=failed))
+    look = (DIGEST, 1, SequenceParallel.NONE, Recompute.NONE)
+    assert table.lookup(*look, 1).forward_seconds == pytest.approx(1e-3)
+    assert table.lookup(*look, 2) == "out of memory"
+    assert table.lookup(*look, 3) == "out of memory"
+    assert table.lookup(EMBEDDING, *look[1:], 4).source == "measured"
+
+
+@pytest.mark.parametrize(
+    ("size", "source"), [(1, "measured"), (2, "measured"), (3, "measured"), (7, "modelled")]
+)
+def test_sizes_between_are_interpolated_and_larger_ones_are_tagged(size, source):
+    found = PartTable(PROFILE).lookup(DIGEST, 1, SequenceParallel.NONE, Recompute.FULL, size)
+    assert found.forward_seconds == pytest.approx(1e-3 * size)
+    assert found.backward_seconds == pytest.approx(3e-3 * size)
+    assert found.activation_bytes == 100_000 * size
+    assert found.source == source
+
+
+def test_a_missing_curve_is_an_error_and_a_near_one_is_used():
+    table = CurveTable(PROFILE)
+    assert table.curve("all_reduce", 2, 3).stride in (1, 2)
+    with pytest.raises(DescriptionError, match="all_reduce over 3 ranks"):
+        table.curve("all_reduce", 3, 1)
+    assert table.seconds("all_reduce", 1e6, 1, 1) == 0
+
+
+def test_the_optimizer_line_is_found_and_never_negative():
+    line = fit_steps([point for point in PROFILE.steps if point.zero == 0])
+    assert line.seconds(30, 3_000_000) == pytest.approx(30 * 1e-5 + 3_000_000 * 2e-9, rel=1e-6)
+    odd = [
+        StepPoint(tensors=10, parameters=10, updated=10, zero=0, seconds=5.0),
+        StepPoint(tensors=20, parameters=20, updated=20, zero=0, seconds=1.0),
+    ]
+    fitted = fit_steps(odd)
+    assert min(fitted.constant_seconds, fitted.seconds_per_tensor, fitted.seconds_per_update) >= 0
+
+
+def test_a_profile_without_an_optimizer_is_refused():
+    with pytest.raises(DescriptionError, match="optimizer"):
+        costs(steps=())

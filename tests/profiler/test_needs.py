@@ -1,0 +1,67 @@
+"""What is measured for a job: every shape its plans can use, and nothing that Megatron cannot run."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from profiles import small_model
+
+from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
+from galvatron_megatron.profiler.collectives import GroupShape, shapes_of_plans
+from galvatron_megatron.profiler.needs import ProfileNeeds, divisors, tensor_degrees
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 6, 8, 12])
+def test_every_group_of_every_uniform_plan_has_its_shape_measured(world_size):
+    shapes = shapes_of_plans(world_size, divisors(world_size))
+    for tp in divisors(world_size):
+        assert tp == 1 or GroupShape(ranks=tp, stride=1) in shapes["all_reduce"]
+        for pp in divisors(world_size // tp):
+            dp = world_size // tp // pp
+            if dp > 1:
+                for kind in ("all_reduce", "all_gather", "reduce_scatter"):
+                    assert GroupShape(ranks=dp, stride=tp) in shapes[kind]
+            if pp % 2 == 0:
+                assert GroupShape(ranks=2, stride=world_size // pp) in shapes["send"]
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 6, 8])
+def test_the_groups_of_a_shape_hold_every_rank_once(world_size):
+    for shapes in shapes_of_plans(world_size, divisors(world_size)).values():
+        for shape in shapes:
+            groups = shape.groups(world_size)
+            assert sorted(rank for group in groups for rank in group) == list(range(world_size))
+            assert all(
+                b - a == shape.stride for group in groups for a, b in itertools.pairwise(group)
+            )
+
+
+def test_degrees_that_do_not_divide_the_model_are_left_out():
+    model = small_model()
+    assert tensor_degrees(model, 8) == [1, 2, 4]
+    grouped = replace(model.layers[0], attention=replace(model.layers[0].attention, heads=12, query_groups=3))
+    # 3 and 6 divide the heads but not the feed-forward width of 512.
+    assert tensor_degrees(replace(model, layers=(grouped,)), 12) == [1]
+    wider = replace(grouped, mlp=replace(grouped.mlp, ffn_hidden_size=768))
+    assert tensor_degrees(replace(model, layers=(wider,)), 12) == [1, 3, 6, 12]
+
+
+def test_micro_batches_reach_from_one_to_the_largest_that_a_plan_can_use():
+    model = small_model()
+    assert ProfileNeeds.for_job(model, 4, 8).micro_batch_sizes == (1, 2, 4, 8)
+    assert ProfileNeeds.for_job(model, 4, 12).micro_batch_sizes == (1, 2, 4, 8, 12)
+    long = replace(model, seq_length=1 << 15)
+    assert ProfileNeeds.for_job(long, 4, 8).micro_batch_sizes == (1, 2)
+    assert ProfileNeeds.for_job(model, 4, 8, micro_batch_sizes=[2]).micro_batch_sizes == (2,)
+
+
+def test_recomputation_is_measured_at_the_ends_only():
+    needs = ProfileNeeds.for_job(small_model(), 2, 8)
+    settings = needs.settings()
+    assert [size for recompute, size in settings if recompute is Recompute.NONE] == [1, 2, 4, 8]
+    assert [size for recompute, size in settings if recompute is Recompute.FULL] == [1, 8]
+    assert needs.layouts() == [
+        (1, SequenceParallel.NONE),
+        (2, SequenceParallel.NONE),
+        (2, SequenceParallel.MEGATRON),
+    ]
