@@ -89,6 +89,8 @@ class Channel:
             ) from None
         if "error" in told:
             self._store.add(f"{key}/heard", 1)
+            # A launcher stops all ranks as soon as one ends: rank 0 goes first, its message is out by then.
+            time.sleep(0.5)
             raise ToldByRankZeroError(told["error"])
         return told["value"]
 

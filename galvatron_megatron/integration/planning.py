@@ -32,6 +32,7 @@ from galvatron_megatron.plan.serialization import read_plan
 from galvatron_megatron.profiler.needs import ProfileNeeds, tensor_degrees
 from galvatron_megatron.profiler.session import profile_live_ranks
 from galvatron_megatron.profiler.topology import facts_of_this_rank, software_versions
+from galvatron_megatron.search.decision_tree import Space
 from galvatron_megatron.search.engine import search
 from galvatron_megatron.search.request import SearchRequest
 from galvatron_megatron.search.result import SearchResult
@@ -100,7 +101,10 @@ class JobPlanner:
         directory = Path(self.channel.share(lambda: str(self._directory())))
         kept = self.channel.share(lambda: self._kept(directory))
         if kept["decision"] is not None:
-            return replace(Decision.from_dict(kept["decision"]), profile_seconds=0.0, source=kept["source"])
+            found = Decision.from_dict(kept["decision"])
+            return replace(found, profile_seconds=0.0, search_seconds=0.0, source=kept["source"])
+        # An impossible request is refused before anything is measured.
+        self.channel.share(lambda: Space(request=self._request()).outers() and None)
         notes = (kept["note"],) if kept["note"] else ()
         started = time.perf_counter()
         profile, cluster = profile_live_ranks(
@@ -268,26 +272,36 @@ class JobPlanner:
         degrees = tensor_degrees(self.model, self.channel.world_size)
         return sorted({size * a // b for a in degrees for b in degrees if size * a % b == 0})
 
+    def _request(self) -> SearchRequest:
+        """The question to the search, before devices and memory are measured."""
+        blocks = (LayerKind.BLOCK, LayerKind.MOE_BLOCK)
+        world_size = self.channel.world_size
+        return SearchRequest(
+            model=self.model,
+            world_size=world_size,
+            devices_per_node=int(os.environ.get("LOCAL_WORLD_SIZE") or world_size),
+            memory_bytes=1 << 60,
+            global_batch_size=self.args.global_batch_size,
+            constraints=self.constraints,
+            layerwise=not self.options.uniform,
+            max_zero=1,
+            allow_ulysses=False,
+            allow_cp=False,
+            # Megatron has no interleaved schedule for hybrid models.
+            allow_interleaving=any(layer.kind in blocks for layer in self.model.layers),
+            uniform_margin=MARGIN,
+        )
+
     def _search(
         self, profile: Profile, cluster: Cluster, profile_seconds: float, notes: tuple[str, ...]
     ) -> Decision:
         costs = MeasuredCostModel(self.model, cluster, profile, self._run_options())
-        is_hybrid = all(layer.kind not in (LayerKind.BLOCK, LayerKind.MOE_BLOCK) for layer in self.model.layers)
-        request = SearchRequest(
-            model=self.model,
-            world_size=self.channel.world_size,
+        request = replace(
+            self._request(),
             devices_per_node=cluster.devices_per_node,
             memory_bytes=math.floor(cluster.memory_bytes),
-            global_batch_size=self.args.global_batch_size,
-            constraints=self.constraints,
-            layerwise=not self.options.uniform,
             # What is not measured has no price.
             max_zero=max(point.zero for point in profile.steps),
-            allow_ulysses=False,
-            allow_cp=False,
-            # Megatron has no interleaved schedule for hybrid models.
-            allow_interleaving=not is_hybrid,
-            uniform_margin=MARGIN,
         )
         result = search(request, costs)
         seconds = result.search_seconds
