@@ -3,7 +3,6 @@
 from galvatron_megatron.cost.counts_builder import Builder
 from galvatron_megatron.cost.counts_core import core_attention
 from galvatron_megatron.describe.model import Attention
-from galvatron_megatron.plan.strategy import Recompute
 
 
 def norm(b: Builder, name: str, input_name: str) -> None:
@@ -101,12 +100,12 @@ def _keep_query_key_value(b: Builder, part: Attention, heads: int, groups: int) 
     if not shapes.fused:
         source = regrouped if groups > 1 and heads > groups else projected
         renewed = part.qk_layernorm or shapes.model.position_embedding == "rope"
-        repeats = heads > groups and not shapes.model.fused_attention
-        in_core = {query if renewed else source}
-        if repeats and shapes.strategy.recompute is not Recompute.SELECTIVE:
-            in_core.add(repeated)
+        if heads > groups and not shapes.model.fused_attention and not shapes.recomputes_core_attention:
+            # One group's query is a view until the heads of several samples are put in one dimension.
+            copied = groups == 1 and shapes.samples > 1
+            in_core = {query if renewed else regrouped if copied else source, repeated}
         else:
-            in_core |= {key if renewed else projected, projected}
+            in_core = {query if renewed else source, key if renewed else projected, projected}
         kept = in_core | ({source, projected} if part.qk_layernorm else set())
     for name, size in sizes.items():
         if name in kept:

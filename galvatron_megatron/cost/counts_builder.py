@@ -63,6 +63,11 @@ class Shapes:
         return self.strategy.sequence_parallel is SequenceParallel.ULYSSES
 
     @property
+    def recomputes_core_attention(self) -> bool:
+        """True where the core attention alone is recomputed, so that its inputs are kept and no more."""
+        return self.strategy.recompute is Recompute.SELECTIVE
+
+    @property
     def cp_tokens(self) -> int:
         """Tokens on a context-parallel rank, over its whole tp group."""
         return self.samples * self.model.seq_length // self.strategy.cp

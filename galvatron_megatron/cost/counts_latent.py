@@ -4,7 +4,6 @@ from galvatron_megatron.cost.counts_attention import keep_rotary, norm, output_p
 from galvatron_megatron.cost.counts_builder import Builder
 from galvatron_megatron.cost.counts_core import core_attention
 from galvatron_megatron.describe.model import Attention
-from galvatron_megatron.plan.strategy import Recompute
 
 
 def latent_attention(b: Builder, part: Attention) -> None:
@@ -59,7 +58,7 @@ def latent_attention(b: Builder, part: Attention) -> None:
     keep_rotary(b, part.qk_rope_head_dim)
     b.keep("query and key", rotated)
     padded = not shapes.fused and model.fused_attention and part.v_head_dim != part.head_dim
-    if not padded or shapes.strategy.recompute is Recompute.SELECTIVE:
+    if not padded or shapes.recomputes_core_attention:
         b.keep("value", tokens * heads * part.v_head_dim * size)
     core_attention(b, heads=part.heads, groups=part.heads, head_dim=part.head_dim, v_head_dim=part.v_head_dim)
     output_projection(b, heads * part.v_head_dim, bias=part.output_bias)
