@@ -60,7 +60,8 @@ def start(options: argparse.Namespace) -> dict:
             )
             for rank in range(options.ranks)
         ]
-        if any([process.wait() for process in ranks]):
+        exit_codes = [process.wait() for process in ranks]
+        if any(exit_codes):
             raise SystemExit("a rank failed")
         return json.loads(out.read_text())
 

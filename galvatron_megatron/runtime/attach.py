@@ -39,7 +39,7 @@ from galvatron_megatron.runtime.layers import planned_spec
 from galvatron_megatron.runtime.norms import allow_sequence_parallel
 from galvatron_megatron.runtime.observe import LayerObserver
 from galvatron_megatron.runtime.optimizer import PlannedOptimizer, build_optimizer
-from galvatron_megatron.runtime.support import check_supported
+from galvatron_megatron.runtime.support import check_stage, check_supported
 
 HOOKED: tuple[tuple[Any, str], ...] = (
     (GPTModel, "__init__"),
@@ -113,7 +113,9 @@ class Attachment:
         def build(model: Any, config: Any, transformer_layer_spec: Any, *args: Any, **kwargs: Any) -> None:
             groups = kwargs.get("pg_collection") or self.context.groups
             specs = _gpt_layers(config, transformer_layer_spec, kwargs.get("vp_stage"), groups)
-            offset = get_transformer_layer_offset(config, kwargs.get("vp_stage"), get_pg_rank(groups.pp))
+            chunk, position = kwargs.get("vp_stage"), get_pg_rank(groups.pp)
+            offset = get_transformer_layer_offset(config, chunk, position)
+            check_stage(self.plan, offset, len(specs.layer_specs), position, chunk or 0)
             planned = TransformerBlockSubmodules(
                 layer_specs=[
                     planned_spec(spec, self.context, offset + index)

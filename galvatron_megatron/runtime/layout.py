@@ -56,8 +56,13 @@ class Layout:
 
         Args:
             rank: number of the rank inside the stage.
-            batch: samples of the micro-batch over all data-parallel ranks; dp divides it.
+            batch: samples of the micro-batch over all data-parallel ranks.
+
+        Raises:
+            ValueError: dp does not divide the batch.
         """
+        if batch % self.dp:
+            raise ValueError(f"a micro-batch of {batch} samples cannot be split as {self}")
         size = batch // self.dp
         index = rank // (self.tp * self.cp)
         return (index * size, (index + 1) * size)

@@ -122,6 +122,48 @@ def _check_base(plan: Plan, args: Any) -> None:
     layers = getattr(args, "num_layers", None)
     if layers is not None and layers != len(plan.layers):
         raise UnsupportedPlanError(f"plan: {len(plan.layers)} layers; valid: {layers}, as --num-layers says")
+    _check_kinds(plan, getattr(args, "hybrid_layer_pattern", None))
+
+
+def _check_kinds(plan: Plan, pattern: str | None) -> None:
+    """The plan is for this model: the same kinds of layers, in the same stages."""
+    if not pattern:
+        kinds = {layer.kind for layer in plan.layers} & {LayerKind.ATTENTION, LayerKind.MLP}
+        if kinds:
+            raise UnsupportedPlanError(
+                f"plan: layers of kind {', '.join(sorted(kinds))}, which only hybrid models have; valid: block"
+            )
+        return
+    symbols = {LayerKind.ATTENTION: "*", LayerKind.MLP: "-", LayerKind.MOE: "E", LayerKind.MAMBA: "M"}
+    planned = "|".join("".join(symbols.get(layer.kind, "?") for layer in stage.layers) for stage in plan.stages)
+    if planned != pattern:
+        raise UnsupportedPlanError(
+            f"plan: its layers are {planned!r}; valid: {pattern!r}, as --hybrid-layer-pattern says"
+        )
+
+
+def check_stage(plan: Plan, first: int, count: int, position: int, chunk: int) -> None:
+    """The layers that Megatron builds here are those of the plan's stage.
+
+    Args:
+        plan: the plan.
+        first: index in the model of the first layer Megatron builds.
+        count: how many it builds.
+        position: rank of the pipeline.
+        chunk: model chunk of that rank.
+
+    Raises:
+        UnsupportedPlanError: Megatron's pipeline arguments say otherwise than the plan.
+    """
+    index = chunk * plan.pp + position
+    expected_first = sum(len(stage.layers) for stage in plan.stages[:index])
+    expected = len(plan.stages[index].layers)
+    if (first, count) != (expected_first, expected):
+        raise UnsupportedPlanError(
+            f"pipeline rank {position}, chunk {chunk}: Megatron builds layers {first} to {first + count - 1}, "
+            f"the plan {expected_first} to {expected_first + expected - 1}; "
+            "valid: --pipeline-model-parallel-layout with the plan's stages"
+        )
 
 
 def _check_layer(index: int, plan: Plan, args: Any) -> None:

@@ -4,7 +4,9 @@ Imported on ranks only (see ``runtime_rank``). A case is a plan, model arguments
 from the same weights, which depend on nothing but the name of the parameter in a distributed checkpoint.
 """
 
+import functools
 import hashlib
+import inspect
 import sys
 
 import numpy as np
@@ -33,6 +35,9 @@ from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
 from galvatron_megatron.runtime import attach
+
+# Megatron reads the source of its config classes anew for every parser it builds: a third of a short case.
+inspect.getsource = functools.cache(inspect.getsource)
 
 SEQUENCE = 16
 VOCABULARY = 64

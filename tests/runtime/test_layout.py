@@ -124,3 +124,8 @@ def test_odd_degrees():
 def test_a_sequence_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="cannot be split"):
         Layout(tp=4, cp=1, dp=1, split=True).positions(0, 30)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="cannot be split"):
+        Layout(tp=1, cp=1, dp=4, split=False).samples(0, 6)

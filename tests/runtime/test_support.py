@@ -10,7 +10,7 @@ from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.strategy import SequenceParallel, Strategy
 from galvatron_megatron.runtime import support
-from galvatron_megatron.runtime.support import check_supported
+from galvatron_megatron.runtime.support import check_stage, check_supported
 
 TWO = Strategy(tp=2, dp=2)
 ONE = Strategy(tp=1, dp=4)
@@ -134,3 +134,21 @@ def test_another_megatron_is_refused(monkeypatch):
 def test_the_number_of_layers_must_fit():
     with pytest.raises(UnsupportedPlanError, match="num-layers"):
         check_supported(plan(ONE, TWO, ONE), arguments())
+
+
+def test_a_plan_for_another_kind_of_model_is_refused():
+    hybrid = plan(ONE, TWO, kind=LayerKind.ATTENTION)
+    with pytest.raises(UnsupportedPlanError, match="hybrid"):
+        check_supported(hybrid, arguments())
+    with pytest.raises(UnsupportedPlanError, match="hybrid-layer-pattern"):
+        check_supported(hybrid, arguments(hybrid_layer_pattern="*-"))
+    check_supported(hybrid, arguments(hybrid_layer_pattern="**"))
+
+
+def test_stages_that_megatron_builds_otherwise_are_refused():
+    made = plan(ONE, TWO, ONE)
+    check_stage(made, 0, 3, 0, 0)
+    with pytest.raises(UnsupportedPlanError, match="pipeline-model-parallel-layout"):
+        check_stage(made, 0, 2, 0, 0)
+    with pytest.raises(UnsupportedPlanError, match="layers 1 to 3"):
+        check_stage(made, 1, 3, 0, 0)
