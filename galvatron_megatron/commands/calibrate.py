@@ -1,0 +1,99 @@
+"""``galvatron calibrate``: fits a cluster's constants to measured runs."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from galvatron_megatron.cost.calibration import calibrate
+from galvatron_megatron.cost.records.tables import fitting_rows, read_table
+from galvatron_megatron.describe.cluster import cluster_document, read_cluster
+from galvatron_megatron.errors import DescriptionError
+from galvatron_megatron.plan.document import write_document
+
+HELP = "fit a device's constants to measured runs"
+
+EPILOG = """\
+examples:
+  galvatron calibrate runs.csv --cluster my-cluster.yaml --output my-cluster-calibrated.yaml
+      fits on a third of the rows, so that galvatron validate can judge on the rest
+  galvatron calibrate runs.csv --cluster my-cluster.yaml --all-rows
+      fits on every row
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument("table", type=Path, metavar="RUNS", help="CSV file of measured runs")
+    parser.add_argument("--cluster", type=Path, required=True, help="cluster file the runs were made on")
+    parser.add_argument("--output", type=Path, help="write the cluster with the fitted constants here")
+    parser.add_argument("--all-rows", action="store_true", help="fit on every row, not on a third of them")
+    parser.add_argument(
+        "--folds", type=int, default=3, help="parts of the cross-validation (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Fits, prints the constants and the cross-validated error, and writes the cluster.
+
+    Returns:
+        0.
+
+    Raises:
+        GalvatronError: an input cannot be read, or has too few runs.
+    """
+    if arguments.folds < 2:
+        raise DescriptionError(f"--folds: {arguments.folds}; valid: an integer >= 2")
+    cluster = read_cluster(arguments.cluster)
+    table = read_table(arguments.table)
+    chosen = fitting_rows(table.runs)
+    runs = [run for run in table.runs if arguments.all_rows or run.row in chosen]
+    others = [run for run in table.runs if run not in runs]
+    fit = calibrate(cluster, runs, table.path.name, held_out=others, folds=arguments.folds)
+    if arguments.output is not None:
+        write_document(cluster_document(fit.cluster), arguments.output, DescriptionError)
+    changes = _changes(asdict(cluster), asdict(fit.cluster))
+    if arguments.json:
+        document = {
+            "runs": fit.cluster.calibration.runs,
+            "fitted_error": fit.fitted_error,
+            "cross_validated_error": fit.cross_error,
+            "folds": fit.folds,
+            "constants": {name: {"before": before, "after": after} for name, before, after in changes},
+        }
+        print(json.dumps(document, indent=2))
+        return 0
+    console = Console()
+    shown = Table(title=f"{cluster.name}, fitted on {fit.cluster.calibration.runs} runs", title_justify="left")
+    shown.add_column("constant")
+    shown.add_column("before", justify="right")
+    shown.add_column("after", justify="right")
+    for name, before, after in changes:
+        shown.add_row(name, f"{before:.4g}", f"{after:.4g}")
+    console.print(shown)
+    if fit.folds:
+        console.print(
+            f"mean error {fit.fitted_error:.1%} on the runs fitted, {fit.cross_error:.1%} in "
+            f"{fit.folds}-fold cross-validation"
+        )
+        if others:
+            console.print(f"mean error {fit.cluster.calibration.mean_error:.1%} on {len(others)} held-out runs")
+    if arguments.output is not None:
+        console.print(f"written to {arguments.output}")
+    return 0
+
+
+def _changes(before: dict, after: dict) -> list[tuple[str, float, float]]:
+    """(constant, before, after) of every number that the fit changed."""
+    return [
+        (f"{part}.{name}", value, after[part][name])
+        for part in ("constants", "intra_node", "inter_node")
+        for name, value in before[part].items()
+        if after[part][name] != value
+    ]

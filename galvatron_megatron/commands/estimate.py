@@ -1,0 +1,168 @@
+"""``galvatron estimate``: step time and memory of a plan or of a Megatron command line."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from galvatron_megatron.cost.analytic import AnalyticCostModel
+from galvatron_megatron.cost.estimate import estimate_plan, simulate_estimate
+from galvatron_megatron.cost.options import RunOptions
+from galvatron_megatron.cost.schedule import ScheduleKind
+from galvatron_megatron.describe.cluster import Cluster, read_cluster
+from galvatron_megatron.describe.command_line import read_command_line
+from galvatron_megatron.describe.command_plan import plan_from_command_line
+from galvatron_megatron.describe.megatron_args import model_from_arguments
+from galvatron_megatron.describe.model import Model
+from galvatron_megatron.describe.model_file import read_model
+from galvatron_megatron.describe.plan_check import check_plan
+from galvatron_megatron.errors import DescriptionError, PlanError
+from galvatron_megatron.plan.plan import Plan
+from galvatron_megatron.plan.serialization import read_plan
+from galvatron_megatron.report.estimate_report import (
+    compare_document,
+    estimate_document,
+    print_comparison,
+    print_estimate,
+)
+from galvatron_megatron.report.trace import write_chrome_trace
+
+HELP = "predict step time and memory of one plan or Megatron command line"
+
+EPILOG = """\
+examples:
+  galvatron estimate plan.yaml --model configs/models/llama2-7b.yaml \\
+      --cluster configs/clusters/a100-80g.yaml --nodes 2
+  galvatron estimate plan.yaml --compare other.yaml --model M.yaml --cluster C.yaml
+      the two side by side, the largest difference first
+  galvatron estimate --cluster configs/clusters/h100.yaml -- pretrain_gpt.py --num-layers 32 ...
+      a Megatron command line as it stands
+  galvatron estimate plan.yaml --model M.yaml --cluster C.yaml --trace out.json
+      the simulated schedule, to open in ui.perfetto.dev
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument("plan", nargs="?", type=Path, metavar="PLAN", help="plan file, .yaml or .json")
+    parser.add_argument("--model", type=Path, help="model file, or a Hugging Face config.json")
+    parser.add_argument("--cluster", type=Path, required=True, help="cluster file")
+    parser.add_argument("--nodes", type=int, help="nodes, instead of what the cluster file says")
+    parser.add_argument(
+        "--seq-length", type=int, help="tokens of a sample, instead of what the model file says"
+    )
+    parser.add_argument("--memory-gb", type=float, help="usable memory of a device in GiB")
+    parser.add_argument("--compare", type=Path, metavar="PLAN", help="a second plan to show beside the first")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write the simulated schedule to FILE")
+    parser.add_argument(
+        "--schedule",
+        choices=[kind.value for kind in ScheduleKind],
+        default=ScheduleKind.ONE_F_ONE_B.value,
+        help="order of passes to simulate (default: 1f1b)",
+    )
+    parser.add_argument("--overlap-grad-reduce", action="store_true", help="as Megatron's flag of this name")
+    parser.add_argument("--overlap-param-gather", action="store_true", help="as Megatron's flag of this name")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "megatron",
+        nargs=argparse.REMAINDER,
+        metavar="-- SCRIPT ARGS",
+        help="a Megatron command line instead of a plan",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Predicts and prints.
+
+    Returns:
+        0.
+
+    Raises:
+        GalvatronError: an input cannot be read or does not fit the others.
+    """
+    cluster = read_cluster(arguments.cluster, nodes=arguments.nodes)
+    model, plan, options, name = _what(arguments, cluster)
+    costs = AnalyticCostModel(model, cluster, options)
+    estimate = estimate_plan(plan, costs)
+    console = Console()
+    if arguments.compare is not None:
+        other = _checked(read_plan(arguments.compare), model, cluster, str(arguments.compare))
+        document = compare_document(
+            (name, str(arguments.compare)),
+            (estimate, estimate_plan(other, costs)),
+            (plan.micro_batches, other.micro_batches),
+        )
+        if arguments.json:
+            print(json.dumps(document, indent=2))
+        else:
+            print_comparison(console, document)
+        return 0
+    simulation = simulate_estimate(estimate, plan.micro_batches, ScheduleKind(arguments.schedule))
+    if arguments.trace is not None:
+        write_chrome_trace(simulation, arguments.trace)
+    memory = cluster.memory_bytes if arguments.memory_gb is None else int(arguments.memory_gb * 2**30)
+    if arguments.json:
+        document = estimate_document(estimate, cluster, simulation)
+        document["fits"] = estimate.peak_bytes <= memory
+        print(json.dumps(document, indent=2))
+        return 0
+    print_estimate(console, f"{name} on {_place(cluster, plan)}", estimate, cluster, memory, simulation)
+    if arguments.trace is not None:
+        console.print(f"schedule written to {arguments.trace}")
+    return 0
+
+
+def _place(cluster: Cluster, plan: Plan) -> str:
+    return f"{plan.world_size} of {cluster.world_size} devices of {cluster.name}"
+
+
+def _what(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Model, Plan, RunOptions, str]:
+    """Model, plan, options and a name, from files or from a Megatron command line."""
+    words = [word for word in arguments.megatron if word != "--"]
+    if words and arguments.plan is not None and not str(arguments.plan).endswith(".py"):
+        raise PlanError(f"{arguments.plan}: a plan and a Megatron command line; valid: one of them")
+    if words or (arguments.plan is not None and str(arguments.plan).endswith(".py")):
+        if arguments.plan is not None:
+            words = [str(arguments.plan), *words]
+        line = read_command_line(words)
+        model = model_from_arguments(line.arguments, name=Path(words[0]).stem)
+        plan = plan_from_command_line(words, model, cluster.world_size)
+        return model, plan, options_from_arguments(line.arguments, line.unknown), words[0]
+    if arguments.plan is None or arguments.model is None:
+        raise DescriptionError(
+            "nothing to estimate; valid: PLAN --model MODEL, or -- followed by a Megatron command line"
+        )
+    model = read_model(arguments.model, seq_length=arguments.seq_length)
+    plan = _checked(read_plan(arguments.plan), model, cluster, str(arguments.plan))
+    options = RunOptions(
+        overlap_gradients=arguments.overlap_grad_reduce, overlap_parameters=arguments.overlap_param_gather
+    )
+    return model, plan, options, str(arguments.plan)
+
+
+def _checked(plan: Plan, model: Model, cluster: Cluster, where: str) -> Plan:
+    check_plan(plan, model=model, where=where)
+    if plan.world_size > cluster.world_size:
+        raise PlanError(
+            f"{where}: made for {plan.world_size} devices, but {cluster.name} has {cluster.world_size}; valid: "
+            f"--nodes {-(-plan.world_size // cluster.devices_per_node)}"
+        )
+    return plan
+
+
+def options_from_arguments(arguments: Mapping[str, object], unknown: Sequence[str]) -> RunOptions:
+    """The switches of a Megatron command line that change time or memory."""
+
+    def has(flag: str) -> bool:
+        return flag in unknown or bool(arguments.get(flag.removeprefix("--").replace("-", "_")))
+
+    return RunOptions(
+        gradients_in_fp32=bool(arguments.get("bf16")) or has("--accumulate-allreduce-grads-in-fp32"),
+        overlap_gradients=has("--overlap-grad-reduce"),
+        overlap_parameters=has("--overlap-param-gather"),
+        overlap_tensor_parallel=has("--tp-comm-overlap"),
+    )
