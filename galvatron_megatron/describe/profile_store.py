@@ -16,6 +16,7 @@ from platformdirs import user_cache_path
 
 from galvatron_megatron.describe.profile import Profile
 from galvatron_megatron.errors import DescriptionError, GalvatronError, did_you_mean
+from galvatron_megatron.plan.document import write_document
 
 LOCK_SECONDS = 30.0
 """How long a job waits for another one that writes the same profile."""
@@ -150,22 +151,7 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         DescriptionError: the directory is full or not writable; the old file is untouched.
     """
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
-        ) as stream:
-            temporary = Path(stream.name)
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise DescriptionError(
-            f"{path}: cannot be written ({error.strerror}); valid: a writable directory with free space"
-        ) from None
+    write_document(text, path, DescriptionError)
 
 
 def write_profile(directory: Path, profile: Profile) -> Profile:

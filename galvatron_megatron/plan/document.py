@@ -135,4 +135,6 @@ def write_document(text: str, path: Path | str, error: type[GalvatronError] = Pl
         temporary.replace(path)
     except OSError as cause:
         temporary.unlink(missing_ok=True)
-        raise error(f"{path}: cannot be written ({cause.strerror}); valid: a writable directory") from None
+        raise error(
+            f"{path}: cannot be written ({cause.strerror}); valid: a writable directory with free space"
+        ) from None
