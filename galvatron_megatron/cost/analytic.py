@@ -1,5 +1,6 @@
 """The analytic cost model: prices layers from counts, a device's constants and the links of a cluster."""
 
+from dataclasses import replace
 from functools import cached_property, lru_cache
 
 from galvatron_megatron.cost.communication import collective_seconds
@@ -41,6 +42,8 @@ class AnalyticCostModel:
         self.model = model
         self.cluster = cluster
         self.options = options or RunOptions()
+        # Counts depend on sizes, not on how many layers there are; a short model is hashed quickly.
+        self._sizes = replace(model, layers=model.layers[:1])
         self._priced = lru_cache(maxsize=None)(self._price_layer)
         self._embedding = lru_cache(maxsize=None)(self._price_embedding)
         self._head = lru_cache(maxsize=None)(self._price_head)
@@ -154,9 +157,10 @@ class AnalyticCostModel:
     def _sample_flops(self) -> float:
         alone = Strategy()
         counted = [
-            (layer_counts(self.model, layer, alone, 1), times) for layer, times in self.model.layer_runs()
+            (cached_layer_counts(self._sizes, layer, alone, 1), times)
+            for layer, times in self.model.layer_runs()
         ]
-        counted += [(embedding_counts(self.model, alone, 1), 1), (head_counts(self.model, alone, 1), 1)]
+        counted += [(_embedding_counts(self._sizes, alone, 1), 1), (_head_counts(self._sizes, alone, 1), 1)]
         return sum(
             times * operator.count * operator.flops * (0.5 if operator.kind == "attention" else 1.0)
             for counts, times in counted
@@ -172,17 +176,17 @@ class AnalyticCostModel:
 
     def _layer_counts(self, layer: Layer, strategy: Strategy, samples: int) -> LayerCounts:
         return cached_layer_counts(
-            self.model, layer, strategy, samples // strategy.dp, self.options.implementation
+            self._sizes, layer, strategy, samples // strategy.dp, self.options.implementation
         )
 
     def _price_embedding(self, setting: Setting) -> PricedLayer:
         counts = _embedding_counts(
-            self.model, setting.base, setting.micro_batch_size, self.options.implementation
+            self._sizes, setting.base, setting.micro_batch_size, self.options.implementation
         )
         return self._price(counts, setting.base, setting.micro_batches)
 
     def _price_head(self, setting: Setting) -> PricedLayer:
-        counts = _head_counts(self.model, setting.base, setting.micro_batch_size, self.options.implementation)
+        counts = _head_counts(self._sizes, setting.base, setting.micro_batch_size, self.options.implementation)
         tied = self.model.tied_embeddings
         return self._price(
             counts,
@@ -264,7 +268,7 @@ class AnalyticCostModel:
             Term(name="gradients", value=state.gradients),
             Term(name="optimizer states", value=state.optimizer),
         )
-        kept = tuple(Term(name=name, value=size) for name, size in counts.activation_terms)
+        kept = tuple(Term(name=f"activations: {name}", value=size) for name, size in counts.activation_terms)
         slack = int(counts.activation_bytes * constants.memory_slack)
         transient = counts.transient_bytes
         if strategy.zero == 3:

@@ -14,6 +14,9 @@ from galvatron_megatron.errors import PlanError
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.strategy import Strategy
 
+Totals = dict[tuple[str, str], float]
+"""(name, source) of a term -> its sum."""
+
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class ChunkEstimate:
@@ -48,12 +51,27 @@ class StageEstimate:
     """Allocator rounding and fragmentation, part of the activations and the transient."""
     context_bytes: int
     """Outside the allocator, part of the overhead."""
-    micro_batch_terms: tuple[Term, ...]
-    """Seconds of one micro-batch by name."""
-    sync_terms: tuple[Term, ...]
-    """Seconds once per step by name."""
-    memory_terms: tuple[Term, ...]
-    """Bytes by name; they add up to ``peak_bytes``."""
+    micro_batch_totals: Totals
+    """Seconds of one micro-batch."""
+    sync_totals: Totals
+    """Seconds once per step."""
+    memory_totals: Totals
+    """Bytes; they add up to ``peak_bytes``."""
+
+    @property
+    def micro_batch_terms(self) -> tuple[Term, ...]:
+        """Seconds of one micro-batch by name."""
+        return _terms(self.micro_batch_totals)
+
+    @property
+    def sync_terms(self) -> tuple[Term, ...]:
+        """Seconds once per step by name."""
+        return _terms(self.sync_totals)
+
+    @property
+    def memory_terms(self) -> tuple[Term, ...]:
+        """Bytes by name; they add up to ``peak_bytes``."""
+        return _terms(self.memory_totals)
 
     @property
     def seconds(self) -> float:
@@ -166,14 +184,16 @@ class _Sums:
     backward: float = 0.0
     chunk_activation: int = 0
     chunk_transient: int = 0
+    resharding: float = 0.0
+    sends: float = 0.0
     sync: float = 0.0
     state: int = 0
     activation: int = 0
     slack: int = 0
     transient: int = 0
-    time_terms: list[Term] = field(default_factory=list)
-    sync_terms: list[Term] = field(default_factory=list)
-    memory_terms: list[Term] = field(default_factory=list)
+    time_totals: Totals = field(default_factory=dict)
+    sync_totals: Totals = field(default_factory=dict)
+    memory_totals: Totals = field(default_factory=dict)
 
     def start_chunk(self) -> None:
         """Starts the sums of the next chunk."""
@@ -191,10 +211,10 @@ class _Sums:
         self.transient = max(self.transient, part.cost.transient_bytes)
         self.chunk_activation += times * part.cost.activation_bytes
         self.chunk_transient = max(self.chunk_transient, part.cost.transient_bytes)
-        self.time_terms += _times(part.micro_batch_terms, times)
-        self.sync_terms += _times(part.sync_terms, times)
-        self.memory_terms += _times(part.state_terms, times)
-        self.memory_terms += _times(part.activation_terms, times * live, prefix="activations: ")
+        _add(self.time_totals, part.micro_batch_terms, times)
+        _add(self.sync_totals, part.sync_terms, times)
+        _add(self.memory_totals, part.state_terms, times)
+        _add(self.memory_totals, part.activation_terms, times * live)
 
 
 def simulate_estimate(
@@ -232,8 +252,17 @@ def simulate_estimate(
     )
 
 
-def _times(terms: Iterable[Term], factor: int, prefix: str = "") -> list[Term]:
-    return [Term(name=prefix + term.name, value=term.value * factor, source=term.source) for term in terms]
+def _add(totals: Totals, terms: Iterable[Term], factor: int) -> None:
+    for term in terms:
+        key = (term.name, term.source)
+        totals[key] = totals.get(key, 0.0) + term.value * factor
+
+
+def _terms(totals: Totals) -> tuple[Term, ...]:
+    """The totals as terms; zeros are left out."""
+    return tuple(
+        Term(name=name, source=source, value=value) for (name, source), value in totals.items() if value
+    )
 
 
 def _stage(
@@ -266,18 +295,19 @@ def _stage(
                 transient_bytes=sums.chunk_transient,
             )
         )
-        sums.time_terms += [
-            Term(name="resharding", value=moved),
-            Term(name="pipeline send", value=0.0 if last else send),
-        ]
+        sums.resharding += moved
+        sums.sends += 0.0 if last else send
     transient_slack = int(sums.transient * costs.slack_share())
-    sums.memory_terms += [
-        Term(name="transient", value=sums.transient - transient_slack),
-        Term(name="allocator slack", value=transient_slack),
-        Term(name="allocator slack", value=sums.slack),
-        Term(name="workspaces", value=costs.workspace_bytes()),
-        Term(name="context and libraries", value=costs.context_bytes()),
-    ]
+    sums.time_totals |= {
+        ("resharding", "modelled"): sums.resharding,
+        ("pipeline send", "modelled"): sums.sends,
+    }
+    sums.memory_totals |= {
+        ("transient", "modelled"): sums.transient - transient_slack,
+        ("allocator slack", "modelled"): sums.slack + transient_slack,
+        ("workspaces", "modelled"): costs.workspace_bytes(),
+        ("context and libraries", "modelled"): costs.context_bytes(),
+    }
     return StageEstimate(
         chunks=tuple(chunks),
         sync_seconds=sums.sync,
@@ -287,9 +317,9 @@ def _stage(
         overhead_bytes=costs.overhead_bytes(setting, position),
         slack_bytes=sums.slack + transient_slack,
         context_bytes=costs.context_bytes(),
-        micro_batch_terms=sum_terms(sums.time_terms),
-        sync_terms=sum_terms(sums.sync_terms),
-        memory_terms=sum_terms(sums.memory_terms),
+        micro_batch_totals=sums.time_totals,
+        sync_totals=sums.sync_totals,
+        memory_totals=sums.memory_totals,
     )
 
 
@@ -301,14 +331,3 @@ def _runs(
     strategies = (layer.strategy for layer in plan.stages[index].layers)
     for key, run in groupby(zip(layers, strategies, strict=True)):
         yield key, sum(1 for _ in run)
-
-
-def sum_terms(terms: Iterable[Term]) -> tuple[Term, ...]:
-    """Adds up terms of one name, in order of first appearance; zero sums are left out."""
-    totals: dict[tuple[str, str], float] = {}
-    for term in terms:
-        key = (term.name, term.source)
-        totals[key] = totals.get(key, 0.0) + term.value
-    return tuple(
-        Term(name=name, source=source, value=value) for (name, source), value in totals.items() if value
-    )

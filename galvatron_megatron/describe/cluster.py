@@ -104,7 +104,7 @@ class Constants:
     kernel_us: float = 4.0
     """Fixed time of one operator on the device beside its work: start, drain and the small kernels around it (casts,
     transpositions, bias), in microseconds."""
-    host_us: float = 8.0
+    host_us: float = 40.0
     """Time the host needs to issue one operator, in microseconds; the floor of small models."""
     step_ms: float = 5.0
     """Time per training step outside all layers (data, logging, host synchronisation), in milliseconds."""
