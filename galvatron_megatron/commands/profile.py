@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     parser.add_argument("words", nargs="*", metavar="ACTION", help="what to do, see below")
+    _keep_words_after_dashes(parser)
     parser.add_argument("--model", type=Path, help="model file, or a Hugging Face config.json")
     parser.add_argument(
         "--seq-length", type=int, help="tokens of a sample, instead of what the model file says"
@@ -75,6 +77,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=int, default=3600, help="seconds after which ranks are ended")
 
 
+def _keep_words_after_dashes(parser: argparse.ArgumentParser) -> None:
+    """Lets a Megatron command line follow ``--``, behind an action and options, as ``arguments.megatron``.
+
+    argparse gives all positional words to the first run of them and refuses later ones.
+    """
+    parse = parser.parse_known_args
+
+    def split(
+        words: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        words = list(sys.argv[1:] if words is None else words)
+        end = words.index("--") if "--" in words else len(words)
+        found, unknown = parse(words[:end], namespace)
+        found.megatron = words[end + 1 :]
+        return found, unknown
+
+    parser.parse_known_args = split  # type: ignore[method-assign]
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Runs the action.
 
@@ -85,15 +106,15 @@ def run(arguments: argparse.Namespace) -> int:
         GalvatronError: bad arguments, an unusable store, or ranks that failed.
     """
     words = list(arguments.words)
-    if words and not words[0].startswith("-") and words[0] not in ACTIONS:
-        raise GalvatronError(f"action {words[0]!r} is unknown; {did_you_mean(words[0], ACTIONS)}")
-    action = words.pop(0) if words and words[0] in ACTIONS else "measure"
+    action = words.pop(0) if words else "measure"
+    if action not in ACTIONS:
+        raise GalvatronError(f"action {action!r} is unknown; {did_you_mean(action, ACTIONS)}")
     directory = check_directory(arguments.directory or default_directory(), create=arguments.directory is None)
-    if action == "measure":
-        return _measure(arguments, directory, words)
-    limit = {"list": 0, "show": 1, "export": 2, "import": 1}[action]
+    limit = {"measure": 0, "list": 0, "show": 1, "export": 2, "import": 1}[action]
     if len(words) > limit:
         raise GalvatronError(f"profile {action}: {' '.join(words[limit:])!r} is too much; see --help")
+    if action == "measure":
+        return _measure(arguments, directory, arguments.megatron)
     if action == "list":
         found = list_profiles(directory)
         if arguments.json:

@@ -1,0 +1,111 @@
+"""galvatron profile: managing the store, and the errors of measuring."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from profiles import small_model, small_profile
+
+from galvatron_megatron.cli import main
+from galvatron_megatron.describe.megatron_args import model_from_arguments, parse_command_line
+from galvatron_megatron.describe.megatron_flags_of import flags_of
+from galvatron_megatron.describe.profile_store import from_json, read_profile, write_profile
+from galvatron_megatron.errors import DescriptionError
+
+PROFILE = small_profile(small_model())
+
+
+def profile(capsys, *words: object) -> tuple[int, str, str]:
+    code = main(["profile", *map(str, words)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_list_and_show(tmp_path, capsys):
+    write_profile(tmp_path, PROFILE)
+    code, out, _ = profile(capsys, "list", "--directory", tmp_path)
+    assert code == 0 and PROFILE.fingerprint() in out and "1 x 4" in out
+    code, out, _ = profile(capsys, "list", "--directory", tmp_path, "--json")
+    assert json.loads(out) == [PROFILE.fingerprint()]
+    for words in (["show"], ["show", PROFILE.fingerprint()], ["show", PROFILE.fingerprint()[:6]]):
+        code, out, _ = profile(capsys, *words, "--directory", tmp_path)
+        assert code == 0 and "reduce_scatter" in out and "a processor" in out
+    code, out, _ = profile(capsys, "show", "--directory", tmp_path, "--json")
+    assert from_json(out, "output") == PROFILE
+
+
+def test_export_and_import_merge(tmp_path, capsys):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir(), there.mkdir()
+    write_profile(here, replace(PROFILE, parts=PROFILE.parts[:5]))
+    write_profile(there, replace(PROFILE, parts=PROFILE.parts[5:]))
+    file = tmp_path / "exported.json"
+    assert profile(capsys, "export", PROFILE.fingerprint(), file, "--directory", here)[0] == 0
+    assert profile(capsys, "import", file, "--directory", there)[0] == 0
+    found, _ = read_profile(there, PROFILE.fingerprint())
+    assert {p.key for p in found.parts} == {p.key for p in PROFILE.parts}
+
+
+def test_plot_draws_a_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    write_profile(tmp_path, PROFILE)
+    picture = tmp_path / "curves.png"
+    assert profile(capsys, "show", "--directory", tmp_path, "--plot", picture)[0] == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    code, _, err = profile(capsys, "show", "--directory", tmp_path, "--plot", tmp_path / "no" / "such.png")
+    assert code == 2 and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["shwo"], "did you mean 'show'"),
+        (["show"], "holds no profile"),
+        (["measure"], "no model"),
+        (["measure", "--ranks", "0", "--", "--num-layers", "2"], "--ranks"),
+        (["import", "missing.json"], "cannot be read"),
+        (["export", "abc"], "holds no profile|needs 2"),
+        (["list", "too", "much"], "too much"),
+        (["measure", "--model", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, capsys, words, reason):
+    import re
+
+    split = words.index("--") if "--" in words else len(words)
+    code, out, err = profile(capsys, *words[:split], "--directory", tmp_path, *words[split:])
+    assert code == 2 and not out
+    assert err.count("\n") == 1 and re.search(reason, err)
+
+
+def test_a_missing_directory_is_named(tmp_path, capsys):
+    code, _, err = profile(capsys, "list", "--directory", tmp_path / "none")
+    assert code == 2 and "does not exist" in err
+
+
+def test_an_unreadable_import_changes_nothing(tmp_path, capsys):
+    write_profile(tmp_path, PROFILE)
+    bad = tmp_path / "bad.json"
+    bad.write_text("{")
+    code, _, err = profile(capsys, "import", bad, "--directory", tmp_path)
+    assert code == 2 and "damaged" in err
+    assert read_profile(tmp_path, PROFILE.fingerprint())[0] == PROFILE
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_flags_of_a_model_describe_it(precision, tied):
+    model = replace(small_model(tied=tied), precision=precision, max_position_embeddings=64)
+    words = flags_of(model)
+    found = model_from_arguments(parse_command_line(words))
+    wanted = replace(model, name=found.name, fused_attention=found.fused_attention)
+    assert found == replace(wanted, layers=found.layers)
+    assert found.layers[0].attention.heads == 4 and found.layers[0].mlp.ffn_hidden_size == 512
+    assert len(found.layers) == 4
+
+
+def test_a_model_that_flags_cannot_say_is_refused():
+    model = small_model()
+    other = replace(model.layers[0], mlp=replace(model.layers[0].mlp, ffn_hidden_size=256))
+    with pytest.raises(DescriptionError, match="not equal dense blocks"):
+        flags_of(replace(model, layers=(*model.layers, other)))

@@ -1,0 +1,221 @@
+"""Profiling on live CPU ranks, with real Megatron layers."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from galvatron_megatron.describe.profile import EMBEDDING, HEAD
+from galvatron_megatron.describe.profile_key import layer_digest
+from galvatron_megatron.describe.profile_store import list_profiles, profile_path, read_profile
+from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
+
+MEGATRON = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
+    "--vocab-size 200 --tokenizer-type NullTokenizer --mock-data --lr 1e-4 --micro-batch-size 1"
+).split()
+
+
+def parsed(*more: str) -> Namespace:
+    from megatron.training.arguments import parse_args
+
+    from galvatron_megatron.integration import cpu_device
+
+    before, sys.argv = sys.argv, ["script", *MEGATRON, *more]
+    try:
+        arguments = parse_args()
+    finally:
+        sys.argv = before
+    cpu_device.configure(arguments)
+    return arguments
+
+
+def measure(rank: int, world_size: int, directory: str, *more: str, sizes: tuple[int, ...] = (1, 2)):
+    """Profiles and returns (profile, cluster, seconds, what was left behind)."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from galvatron_megatron.describe.megatron_args import model_from_arguments
+    from galvatron_megatron.profiler.needs import ProfileNeeds
+    from galvatron_megatron.profiler.session import profile_live_ranks
+
+    arguments = parsed(*more)
+    before = dict(vars(arguments))
+    model = model_from_arguments(vars(arguments))
+    needs = ProfileNeeds.for_job(model, world_size, 8, micro_batch_sizes=sizes)
+    groups = len(dist.distributed_c10d._world.pg_map)
+    state = torch.get_rng_state()
+    started = time.perf_counter()
+    profile, cluster = profile_live_ranks(
+        model, arguments, needs, Path(directory), show=False, seconds_per_point=0.02, timeout_seconds=100
+    )
+    seconds = time.perf_counter() - started
+    assert vars(arguments) == before
+    assert not parallel_state.model_parallel_is_initialized()
+    assert len(dist.distributed_c10d._world.pg_map) == groups
+    assert torch.equal(torch.get_rng_state(), state)
+    # Megatron makes its own groups in the same process afterwards.
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world_size)
+    return model, profile, cluster, seconds
+
+
+@pytest.mark.distributed
+def test_two_ranks_measure_everything_once(ranks, tmp_path):
+    answers = ranks(2).run(measure, str(tmp_path))
+    model, profile, cluster, first_seconds = answers[0]
+    assert all(answer[1:3] == (profile, cluster) for answer in answers)
+    assert (cluster.nodes, cluster.devices_per_node) == (1, 2)
+    assert read_profile(tmp_path, profile.fingerprint()) == (profile, "")
+    assert not [point for point in profile.parts if point.failure]
+    layer = layer_digest(model.layers[0])
+    points = {point.key: point for point in profile.parts}
+    for tp, kind in ((1, "none"), (2, "none"), (2, "megatron")):
+        for size in (1, 2):
+            plain = points[layer, tp, kind, "none", size]
+            full = points[layer, tp, kind, "full", size]
+            selective = points[layer, tp, kind, "selective", size]
+            assert plain.forward_seconds > 0 and plain.backward_seconds > 0
+            # Only the output of the layer is kept: sequence x samples x hidden x 4 bytes, split by the sequence.
+            output = 32 * size * 64 * 4 // (tp if kind == "megatron" else 1)
+            # (gloo may hold a tensor a moment longer than its caller does.)
+            assert output <= full.activation_bytes <= 2 * output
+            assert full.activation_bytes < selective.activation_bytes < plain.activation_bytes
+            assert full.transient_bytes > plain.transient_bytes
+            assert {EMBEDDING, HEAD} <= {p.part for p in profile.parts if p.tp == tp}
+    # 4 h^2 + 8 h^2 weights, 9 h + 4 h biases and norms, all but 6 h of them split over tp.
+    whole, half = (points[layer, tp, "none", "none", 1] for tp in (1, 2))
+    assert whole.parameters == 12 * 64**2 + 13 * 64
+    assert half.parameters == (whole.parameters - 6 * 64) // 2 + 6 * 64
+    assert whole.tensors == 12
+    assert points[EMBEDDING, 1, "none", "none", 1].parameters == (model.padded_vocab_size(1) + 32) * 64
+    assert {(c.collective, c.ranks, c.stride) for c in profile.collectives} >= {
+        ("all_reduce", 2, 1),
+        ("all_gather", 2, 1),
+        ("reduce_scatter", 2, 1),
+        ("send", 2, 1),
+    }
+    assert {step.zero for step in profile.steps} == {0, 1}
+    again = ranks(2).run(measure, str(tmp_path))
+    assert again[0][1] == profile
+    assert again[0][3] < first_seconds / 3
+
+
+@pytest.mark.distributed
+def test_more_sizes_add_to_the_profile(ranks, tmp_path):
+    small = ranks(2).run(measure, str(tmp_path), sizes=(1,))[0][1]
+    large = ranks(2).run(measure, str(tmp_path), sizes=(1, 2))[0][1]
+    assert {p.key for p in small.parts} < {p.key for p in large.parts}
+    assert [p for p in large.parts if p.key in {q.key for q in small.parts}] == list(small.parts)
+    assert large.collectives == small.collectives
+
+
+@pytest.mark.distributed
+def test_hybrid_layers_are_measured_by_kind(ranks, tmp_path):
+    words = ("--hybrid-layer-pattern", "*-*-", "--position-embedding-type", "none")
+    model, profile, _, _ = ranks(2).run(measure, str(tmp_path), *words, sizes=(1,))[0]
+    assert len(set(model.layers)) == 2
+    measured = {p.part for p in profile.parts if not p.failure}
+    assert {layer_digest(layer) for layer in model.layers} <= measured
+
+
+def fail_on_rank_0(rank: int, world_size: int, directory: str) -> str:
+    from galvatron_megatron.errors import GalvatronError
+
+    try:
+        measure(rank, world_size, directory)
+    except GalvatronError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.distributed
+def test_an_unusable_store_ends_every_rank_with_the_same_error(ranks, tmp_path):
+    answers = ranks(2).run(fail_on_rank_0, str(tmp_path / "missing"))
+    assert answers[0] and len(set(answers)) == 1
+    assert "does not exist" in answers[0]
+
+
+def start(directory: Path) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        "-m",
+        "galvatron_megatron",
+        "profile",
+        "--ranks",
+        "1",
+        "--directory",
+        str(directory),
+    ]
+    command += ["--micro-batch-size", "1", "--micro-batch-size", "2", "--", *MEGATRON]
+    return subprocess.Popen(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.distributed
+def test_killed_at_any_moment_it_goes_on_without_loss(tmp_path):
+    chance = random.Random(1)
+    seen: set = set()
+    for _ in range(4):
+        process = start(tmp_path)
+        deadline = time.monotonic() + 100
+        # Wait for progress, then strike at a random moment of the measurements.
+        while not grown(tmp_path, seen) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(chance.random() * 0.5)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        profiles = list_profiles(tmp_path)
+        # Whatever file is there can be read, and has all that it had before.
+        assert len(profiles) == len(list(tmp_path.glob("profile-*.json")))
+        now = {p.key for profile in profiles for p in (*profile.parts, *profile.steps)}
+        assert seen <= now
+        seen = now
+    process = start(tmp_path)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out
+    (profile,) = list_profiles(tmp_path)
+    assert seen <= {p.key for p in (*profile.parts, *profile.steps)}
+    recomputes = {p.recompute for p in profile.parts if p.part not in (EMBEDDING, HEAD)}
+    assert recomputes == set(Recompute)
+    assert {p.sequence_parallel for p in profile.parts} == {SequenceParallel.NONE}
+    started = time.perf_counter()
+    process = start(tmp_path)
+    assert process.wait(timeout=60) == 0
+    process.stdout.close()
+    assert time.perf_counter() - started < 30
+
+
+def grown(directory: Path, seen: set) -> bool:
+    """True once there is a measurement that was not there before."""
+    for path in directory.glob("profile-*.json"):
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        if len(content["parts"]) + len(content["steps"]) > len(seen):
+            return True
+    return False
+
+
+@pytest.mark.distributed
+def test_a_damaged_profile_is_measured_again_on_the_next_run(ranks, tmp_path):
+    profile = ranks(2).run(measure, str(tmp_path), sizes=(1,))[0][1]
+    path = profile_path(tmp_path, profile.fingerprint())
+    path.write_text(path.read_text()[:1000])
+    again = ranks(2).run(measure, str(tmp_path), sizes=(1,))[0][1]
+    assert {p.key for p in again.parts} == {p.key for p in profile.parts}
+    assert [p.name for p in tmp_path.iterdir() if "damaged" in p.name]
