@@ -15,6 +15,9 @@ import torch.distributed as dist
 
 from galvatron_megatron.errors import GalvatronError
 
+LAST_WORD_SECONDS = 10.0
+"""How long rank 0 stays for ranks that are slow to hear how the job ends."""
+
 _PREFIX = "galvatron_channel"
 
 
@@ -97,8 +100,18 @@ class Channel:
     def _tell_error(self, key: str, error: BaseException) -> None:
         """Sends an error and stays until every rank has it: rank 0 may be the one that serves the store."""
         self._store.set(key, json.dumps({"error": str(error) or type(error).__name__}))
-        deadline = time.monotonic() + 10.0
-        while self._store.add(f"{key}/heard", 0) < self.world_size - 1 and time.monotonic() < deadline:
+        self._wait_for_others(f"{key}/heard")
+
+    def leave(self) -> None:
+        """Ends the use of the channel in order: rank 0, which may serve the store, stays until all have left."""
+        if self.rank == 0:
+            self._wait_for_others("left")
+        else:
+            self._store.add("left", 1)
+
+    def _wait_for_others(self, counter: str) -> None:
+        deadline = time.monotonic() + LAST_WORD_SECONDS
+        while self._store.add(counter, 0) < self.world_size - 1 and time.monotonic() < deadline:
             time.sleep(0.02)
 
     def collect(self, name: str, value: Any, *, timeout_seconds: float = 60.0) -> list[Any] | None:

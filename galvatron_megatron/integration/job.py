@@ -65,6 +65,7 @@ class PlannedJob:
             print("\n".join(plan_lines(self.decision, shlex.join(words))), flush=True)
         self._channel.share(self._save)
         if options.plan_only:
+            self._channel.leave()
             sys.exit(0)
 
     def start(self, args: Namespace) -> None:

@@ -1,0 +1,111 @@
+"""Whole jobs of our own script under --galvatron-auto; the same path on Megatron's scripts is next door."""
+
+import json
+
+import pytest
+from jobs import SIZES, SMALL, hand_words, run_ranks, torchrun
+
+from galvatron_megatron.errors import EXIT_CODE
+from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
+from galvatron_megatron.plan.serialization import plan_from_dict, read_plan
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """A planned job on two ranks, with the directory its profile and plan are kept in."""
+    directory = tmp_path_factory.mktemp("profiles")
+    report = directory.parent / "report.json"
+    saved = directory.parent / "plan.yaml"
+    words = ["--galvatron-auto", "--galvatron-profile-dir", str(directory), "--galvatron-uniform"]
+    extra = ["--galvatron-report", str(report), "--galvatron-save-plan", str(saved)]
+    job = torchrun(2, [str(SMALL), *SIZES, *words, *extra])
+    assert job.codes == [0], job.text[-3000:]
+    return directory, words, job, report, saved
+
+
+def test_losses_equal_those_of_the_chosen_arguments_given_by_hand(planned):
+    _, _, job, report, saved = planned
+    by_hand = run_ranks(2, [str(SMALL), *SIZES, *hand_words(report)])
+    assert by_hand.codes == [0, 0], by_hand.text[-3000:]
+    assert by_hand.errors == []
+    assert list(job.losses) == list(range(1, 11))
+    assert job.losses == pytest.approx(by_hand.losses, abs=1e-5)
+    assert job.losses[10] < job.losses[1] - 0.1
+    assert runs_on_stock_megatron(read_plan(saved))
+
+
+def test_prediction_and_measurement_stand_side_by_side(planned):
+    _, _, job, report, saved = planned
+    found = json.loads(report.read_text())
+    assert plan_from_dict(found["plan"]) == read_plan(saved)
+    assert found["iterations"] == 10
+    assert found["measured_step_seconds"] > 0 and found["step_seconds"] > 0
+    pp = found["plan"]["pp"]
+    assert len(found["measured_memory_bytes"]) == len(found["memory_bytes"]) == pp
+    assert all(count > 0 for count in found["measured_memory_bytes"])
+    losses = {step: values["lm loss"] for step, values in found["losses"]}
+    # Megatron logs the first iteration at once and the mean of the first two as the second.
+    losses[2] = (losses[1] + losses[2]) / 2
+    assert losses == pytest.approx(job.losses, abs=1e-5)
+    assert f"measured {found['measured_step_seconds'] * 1e3:.1f} ms, predicted" in job.text
+    assert "galvatron: plan (searched)" in job.text
+
+
+def test_a_kept_plan_is_used_again_and_damage_costs_nothing_but_time(planned):
+    directory, words, _, report, _ = planned
+    plan = json.loads(report.read_text())["plan"]
+    again = [*words, "--galvatron-plan-only"]
+    # Here through the module, as where Python runs no start-up hooks.
+    kept = run_ranks(2, ["-m", "galvatron_megatron", str(SMALL), *SIZES, *again])
+    assert kept.codes == [0, 0] and "plan (kept in" in kept.text, kept.text[-3000:]
+    assert kept.losses == {}
+    (plan_file,) = directory.glob("plan-*.json")
+    (profile_file,) = directory.glob("profile-*.json")
+    before = {path: path.read_text() for path in (plan_file, profile_file)}
+    for path in before:
+        path.write_text(before[path][: len(before[path]) // 2])
+    job = run_ranks(2, [str(SMALL), *SIZES, *again, "--galvatron-report", str(directory / "new.json")])
+    assert job.codes == [0, 0], job.text[-3000:]
+    assert "damaged" in job.text and "plan (searched)" in job.text
+    aside = [path.read_text() for path in directory.iterdir() if "damaged" in path.name]
+    assert sorted(aside) == sorted(text[: len(text) // 2] for text in before.values())
+    decision = json.loads(plan_file.read_text())["decision"]
+    assert decision["plan"]["stages"] and decision["plan"]["fingerprints"] == plan["fingerprints"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--galvatron-memory-gb", "0.0001"], "nothing fits"),
+        (["--tensor-model-parallel-size", "3"], "tp is fixed by hand"),
+        (["--pipeline-model-parallel-size", "2", "--num-layers", "1"], "pipeline"),
+        (["--galvatron-profile-dir", "/nonexistent"], "/nonexistent: does not exist"),
+    ],
+)
+def test_a_failure_ends_every_rank_with_one_line(planned, words, message):
+    directory, auto, _, _, _ = planned
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    job = run_ranks(2, [str(SMALL), *SIZES, *auto, *words], timeout_seconds=100)
+    assert job.codes == [EXIT_CODE, EXIT_CODE], job.text[-3000:]
+    assert len(job.errors) == 1 and message in job.errors[0]
+    assert "Traceback" not in job.text
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_a_plan_file_whose_layers_differ_trains_like_a_uniform_one(planned, tmp_path):
+    _, _, job, _, _ = planned
+    path = tmp_path / "mixed.yaml"
+    path.write_text(
+        "{schema_version: 1, pp: 1, micro_batch_size: 2, micro_batches: 2, base: {tp: 1, dp: 2}, stages: [["
+        "{count: 2, kind: block, tp: 1, dp: 2}, "
+        "{count: 2, kind: block, tp: 2, dp: 1, sequence_parallel: megatron}]]}"
+    )
+    mixed = run_ranks(2, [str(SMALL), *SIZES, "--galvatron-plan", str(path)])
+    assert mixed.codes == [0, 0], mixed.text[-3000:]
+    assert "strategy per layer" in mixed.text
+    assert mixed.losses == pytest.approx(job.losses, abs=1e-4)
+    wrong = run_ranks(1, [str(SMALL), *SIZES, "--galvatron-plan", str(path)])
+    assert wrong.codes == [EXIT_CODE]
+    assert len(wrong.errors) == 1 and "made for 2 ranks" in wrong.errors[0]
