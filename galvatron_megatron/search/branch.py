@@ -53,6 +53,8 @@ class Branch:
         for base in self.bases:
             self._layout_ids.setdefault(base.layout, len(self._layout_ids))
         self.is_possible = all(len(options.strategies) for options in self.options.values())
+        self._live: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._useful: dict[int, dict[tuple[int, bool | None], Options]] = {}
         self._ends: dict[tuple[int, Strategy], tuple[LayerCost, LayerCost]] = {}
 
     @property
@@ -96,14 +98,23 @@ class Branch:
         price = self.cost_model.reshard_seconds
         return np.array([[price(0, a, b, self.any_setting) for b in by_id] for a in by_id], dtype=np.float64)
 
-    def live(self, virtual_stages: int) -> np.ndarray:
-        """Live micro-batches of every rank and chunk, [P, v]."""
-        outer = self.outer
-        rows = [
-            live_micro_batches(outer.pp, position, outer.micro_batches, virtual_stages)
-            for position in range(outer.pp)
-        ]
-        return np.array(rows, dtype=np.float64)
+    def live(self, virtual_stages: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Live micro-batches of every rank and chunk [P, v], their distinct rows [D, v] and row numbers [P]."""
+        found = self._live.get(virtual_stages)
+        if found is None:
+            outer = self.outer
+            rows = [
+                live_micro_batches(outer.pp, position, outer.micro_batches, virtual_stages)
+                for position in range(outer.pp)
+            ]
+            number = {row: index for index, row in enumerate(sorted(set(rows)))}
+            found = (
+                np.array(rows, dtype=np.float64),
+                np.array(list(number), dtype=np.float64),
+                np.array([number[row] for row in rows], dtype=np.intp),
+            )
+            self._live[virtual_stages] = found
+        return found
 
     def spans(self, virtual_stages: int) -> tuple[Spans, ...]:
         """Families of partitions."""
@@ -123,8 +134,7 @@ class Branch:
     def positions(self, virtual_stages: int, base: Strategy | None) -> tuple[np.ndarray, Positions]:
         """Distinct rows of live micro-batches, and what differs between ranks; without a base, only memory."""
         outer, pp = self.outer, self.outer.pp
-        live = self.live(virtual_stages)
-        distinct, classes = np.unique(live, axis=0, return_inverse=True)
+        live, distinct, classes = self.live(virtual_stages)
         budget = np.full(pp, float(self.request.memory_bytes))
         seconds, sync, transient = np.zeros(pp), np.zeros(pp), np.zeros(pp)
         if base is not None:
@@ -143,7 +153,7 @@ class Branch:
             if pp == 1:
                 seconds, sync = seconds + sync / outer.micro_batches, np.zeros(1)
         return distinct, Positions(
-            classes=classes.reshape(-1), budget=budget, seconds=seconds, sync=sync, transient=transient
+            classes=classes, budget=budget, seconds=seconds, sync=sync, transient=transient
         )
 
     def chain(
@@ -164,27 +174,35 @@ class Branch:
             base: base layout, or None where resharding is free.
         """
         outer = self.outer
-        keys = list(options)
+        used = sorted({int(layout) for o in options.values() for layout in o.layouts})
+        home = None if base is None else self._layout_ids[base.layout]
+        if home is not None and home not in used:
+            used.append(home)
+        if base is None or len(used) == 1:
+            reshard = np.zeros((len(used), len(used)))
+        else:
+            reshard = self.reshard[np.ix_(used, used)]
+        place = np.zeros(len(self._layout_ids), dtype=np.intp)
+        place[used] = np.arange(len(used))
         elements, chunks, element_of = [], [], {}
         for chunk in range(virtual_stages):
-            for kind, forced in keys:
+            for (kind, forced), entry in options.items():
                 element_of[kind, chunk, forced] = len(elements)
-                elements.append(self._priced_once(options[kind, forced]))
+                once = self._priced_once(entry)
+                elements.append(
+                    Options(strategies=once.strategies, layouts=place[once.layouts], prices=once.prices)
+                )
                 chunks.append(chunk)
-        weight = outer.micro_batches - 1 / virtual_stages
+        choice = max(len(o.strategies) for o in options.values()) > 1
         kappas: tuple[float, ...] = ()
-        if outer.pp > 1:
+        if outer.pp > 1 and choice:
+            weight = outer.micro_batches - 1 / virtual_stages
             natural = 1 / weight if weight > 0 else float(virtual_stages)
             kappas = tuple(dict.fromkeys((natural, (natural * virtual_stages) ** 0.5, float(virtual_stages))))
-        chain = Chain(
-            elements,
-            chunks,
-            np.zeros((1, 1)) if base is None else self.reshard,
-            0 if base is None else self._layout_ids[base.layout],
-            live,
-            self._multipliers(options, virtual_stages, live, positions),
-            kappas,
-        )
+        beta = np.zeros((0, len(live)))
+        if choice:
+            beta = self._multipliers(options, virtual_stages, live, positions)
+        chain = Chain(elements, chunks, reshard, 0 if home is None else place[home], live, beta, kappas)
         return chain, element_of
 
     def _priced_once(self, options: Options) -> Options:
@@ -223,15 +241,29 @@ class Branch:
         nearest = [picked[np.abs(average[picked] - value).argmin()] for value in average]
         return np.array([table[index] for index in nearest]).T
 
-    def relaxed_bound(self, virtual_stages: int) -> float:
-        """Bound of the step time under the memory budget, for any base layout and free resharding."""
+    def relaxed_bound(self, virtual_stages: int, cutoff: float) -> float:
+        """Bound of the step time under the memory budget, for any base layout and free resharding.
+
+        Also notes which strategies a plan faster than the cutoff may use at all.
+        """
         live, positions = self.positions(virtual_stages, None)
         chain, element_of = self.chain(self.relaxed, virtual_stages, live, positions, None)
-        bounds = [
-            PipelineProblem(chain, spans, positions, element_of, self.outer.micro_batches).lower_bound()
-            for spans in self.spans(virtual_stages)
-        ]
-        return min(bounds, default=np.inf)
+        keep = {key: np.zeros(len(options.strategies), dtype=bool) for key, options in self.undominated.items()}
+        least = np.inf
+        for spans in self.spans(virtual_stages):
+            problem = PipelineProblem(
+                chain, spans, positions, element_of, self.outer.micro_batches, cutoff / self.outer.micro_batches
+            )
+            bound = problem.lower_bound()
+            least = min(least, bound)
+            if bound < cutoff:
+                for (kind, chunk, forced), element in element_of.items():
+                    candidates = self._priced_once(self.undominated[kind, forced])
+                    keep[kind, forced] |= problem.useful(element, chunk, candidates, cutoff)
+        self._useful[virtual_stages] = {
+            key: options.take(np.flatnonzero(keep[key])) for key, options in self.undominated.items()
+        }
+        return least
 
     def useful_bases(self, virtual_stages: int) -> list[Strategy]:
         """Bases without those whose embedding and head another one of the same layout equals or beats."""
@@ -272,7 +304,9 @@ class Branch:
             cutoff: only plans faster than this many seconds are wanted.
             options: strategies to choose from; by default all.
         """
-        options = self.undominated if options is None else options
+        options = self._useful.get(virtual_stages, self.undominated) if options is None else options
+        if not all(len(entry.strategies) for entry in options.values()):
+            return None
         live, positions = self.positions(virtual_stages, base)
         if positions.budget.min() < 0:
             return None
@@ -285,11 +319,12 @@ class Branch:
             if found is not None:
                 cutoff = found.step_seconds
                 best = (found, spans)
-        return None if best is None else self._plan(*best, virtual_stages, base, options)
+        return None if best is None else self.plan(*best, virtual_stages, base, options)
 
-    def _plan(
+    def plan(
         self, partition: Partition, spans: Spans, virtual_stages: int, base: Strategy, options: dict
     ) -> Plan:
+        """Writes a partition out as a plan."""
         pp = self.outer.pp
         layers = self.request.model.layers
         stages: list[StagePlan | None] = [None] * (pp * virtual_stages)

@@ -107,6 +107,10 @@ class Chain:
         options = self.elements[element]
         return options.state + self.live[:, self.chunks[element]][:, None] * options.activation
 
+    def cheapest(self, element: int) -> np.ndarray:
+        """Cheapest price of an element in any layout, [R, D]."""
+        return self._cost(element).min(2)
+
     def _cost(self, element: int) -> np.ndarray:
         """Cheapest price of an element in every layout, [R, D, K]."""
         found = self._costs.get(element)

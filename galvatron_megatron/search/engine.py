@@ -13,10 +13,11 @@ from galvatron_megatron.errors import SearchError
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.search.branch import Branch
 from galvatron_megatron.search.decision_tree import Space
-from galvatron_megatron.search.evaluation import evaluate
+from galvatron_megatron.search.evaluation import evaluate, step_overhead_seconds
+from galvatron_megatron.search.nearest import nothing_fits
 from galvatron_megatron.search.request import SearchRequest
 from galvatron_megatron.search.result import SearchResult
-from galvatron_megatron.search.uniform import solve_uniform, uniform_points
+from galvatron_megatron.search.uniform import capacity_bound, solve_uniform, uniform_points
 
 _TIE = 1e-12
 
@@ -66,21 +67,36 @@ def search(
 
 
 class _Run:
-    def __init__(self, request: SearchRequest, cost_model: CostModel, progress) -> None:
+    """State of one search. Plans of different batches are compared by the seconds of one sample."""
+
+    def __init__(
+        self, request: SearchRequest, cost_model: CostModel, progress: Callable[[Progress], None] | None
+    ) -> None:
         self.request, self.cost_model, self.progress = request, cost_model, progress
         self.space = Space(request=request)
-        self.branches = [Branch(self.space, cost_model, outer) for outer in self.space.outers()]
-        self.branches = [branch for branch in self.branches if branch.is_possible]
-        # Steps of different batches are compared by the time of one sample.
+        self.outside = step_overhead_seconds(cost_model)
+        branches = (Branch(self.space, cost_model, outer) for outer in self.space.outers())
+        self.branches = [branch for branch in branches if branch.is_possible]
         self.best: tuple[float, Plan] | None = None
         self.best_uniform: tuple[float, Plan] | None = None
         self.found: dict[tuple, tuple[float, Plan]] = {}
-        self.open_bound = np.inf
+        self.open_bound = 0.0
         self.interrupted = False
-        self.points = self.solved = 0
+        self.points = sum(len(b.bases) * len(b.virtual_stages) for b in self.branches)
+        self.done = self.solved = 0
 
-    def _keep(self, plan: Plan) -> float:
-        value = evaluate(plan, self.cost_model).step_seconds / plan.global_batch_size
+    def per_sample(self, seconds: float, branch: Branch) -> float:
+        """Seconds of one sample from those of a step without what is outside all layers."""
+        return (seconds + self.outside) / branch.outer.global_batch_size
+
+    def cutoff(self, branch: Branch, best: tuple[float, Plan] | None) -> float:
+        """Step seconds, without what is outside all layers, that a better plan of a branch stays below."""
+        return np.inf if best is None else best[0] * branch.outer.global_batch_size - self.outside
+
+    def keep(self, plan: Plan) -> float:
+        """Notes a plan; returns its seconds per sample."""
+        seconds = evaluate(plan, self.cost_model).step_seconds + self.outside
+        value = seconds / plan.global_batch_size
         if self.best is None or value < self.best[0] * (1 - _TIE):
             self.best = (value, plan)
         family = (plan.global_batch_size, plan.pp, plan.virtual_stages, plan.micro_batches, plan.base.layout)
@@ -88,55 +104,91 @@ class _Run:
             self.found[family] = (value, plan)
         return value
 
+    def report(self, bound: float) -> None:
+        """Tells the progress."""
+        self.open_bound = bound
+        if self.progress is not None:
+            plan = None if self.best is None else self.best[1]
+            self.progress(
+                Progress(
+                    done=self.done,
+                    total=self.points,
+                    best=plan,
+                    step_seconds=np.inf if plan is None else self.best[0] * plan.global_batch_size,
+                    gap=self.gap(),
+                )
+            )
+
+    def gap(self) -> float:
+        """How far the best plan can be from the optimum, as a fraction."""
+        return 1.0 if self.best is None else max(0.0, 1 - self.open_bound / self.best[0])
+
     def uniform(self) -> None:
         """Best uniform plan."""
-        points = [point for branch in self.branches for point in uniform_points(branch)]
-        points.sort(key=lambda point: point.bound / point.branch.outer.global_batch_size)
-        for point in points:
-            batch = point.branch.outer.global_batch_size
-            cutoff = np.inf if self.best_uniform is None else self.best_uniform[0] * batch
-            if point.bound >= cutoff:
+        ticket = count()
+        heap = [
+            (self.per_sample(point.bound, branch), next(ticket), point, False)
+            for branch in self.branches
+            for point in uniform_points(branch)
+        ]
+        heapify(heap)
+        while heap:
+            bound, _, point, is_tight = heappop(heap)
+            if self.best_uniform is not None and bound >= self.best_uniform[0]:
                 break
+            if not self.request.layerwise:
+                self.report(bound)
+            branch = point.branch
+            cutoff = self.cutoff(branch, self.best_uniform)
+            if not is_tight:
+                tight = capacity_bound(point, cutoff)
+                if tight < cutoff:
+                    heappush(heap, (max(bound, self.per_sample(tight, branch)), next(ticket), point, True))
+                continue
+            self.solved += 1
             plan = solve_uniform(point, cutoff)
             if plan is not None:
-                self.best_uniform = (self._keep(plan), plan)
+                self.best_uniform = (self.keep(plan), plan)
+        self.open_bound = np.inf if not self.request.layerwise else 0.0
 
     def layerwise(self) -> None:
-        """Best plan of the whole space."""
+        """Best plan of the whole space: a branch, then its numbers of virtual stages, then their base layouts."""
         ticket = count()
         heap = []
         for branch in self.branches:
-            self.points += len(branch.bases) * len(branch.virtual_stages)
-            bound = branch.least_time() / branch.outer.global_batch_size
-            heap.append((bound, next(ticket), branch, None, None))
+            heap.append((self.per_sample(branch.least_time(), branch), next(ticket), branch, None, None))
         heapify(heap)
         while heap:
             bound, _, branch, virtual, base = heappop(heap)
-            self.open_bound = bound
-            best = np.inf if self.best is None else self.best[0]
-            if bound >= best * (1 - _TIE):
+            self.report(bound)
+            if self.best is not None and bound >= self.best[0] * (1 - _TIE):
                 break
-            batch = branch.outer.global_batch_size
+            cutoff = self.cutoff(branch, self.best)
             if virtual is None:
                 for number in branch.virtual_stages:
-                    lower = max(bound, branch.relaxed_bound(number) / batch)
+                    lower = max(bound, self.per_sample(branch.relaxed_bound(number, cutoff), branch))
                     heappush(heap, (lower, next(ticket), branch, number, None))
             elif base is None:
+                relaxed = bound * branch.outer.global_batch_size - self.outside
                 for candidate in branch.useful_bases(virtual):
-                    lower = branch.base_bound(bound * batch, virtual, candidate) / batch
-                    heappush(heap, (lower, next(ticket), branch, virtual, candidate))
+                    lower = self.per_sample(branch.base_bound(relaxed, virtual, candidate), branch)
+                    heappush(heap, (max(bound, lower), next(ticket), branch, virtual, candidate))
             else:
+                self.done += 1
                 self.solved += 1
-                plan = branch.solve(virtual, base, best * batch)
+                plan = branch.solve(virtual, base, cutoff)
                 if plan is not None:
-                    self._keep(plan)
-        else:
-            self.open_bound = np.inf
+                    self.keep(plan)
+        self.open_bound = np.inf
 
     def result(self, started: float) -> SearchResult:
-        """Puts the answer together."""
+        """Puts the answer together.
+
+        Raises:
+            SearchError: nothing fits; names the plan that comes nearest.
+        """
         if self.best is None:
-            raise SearchError(f"nothing fits {self.request.memory_bytes} bytes")
+            raise nothing_fits(self.request, self.branches, self.cost_model)
         value, plan = self.best
         layerwise = (plan, value * plan.global_batch_size)
         uniform = None
@@ -145,22 +197,20 @@ class _Run:
             if value >= self.best_uniform[0] * (1 - max(self.request.uniform_margin, _TIE)):
                 value, plan = self.best_uniform
         cost = evaluate(plan, self.cost_model)
-        others = (
-            sorted((v, p) for v, p in self.found.values() if p != plan)
-            if False
-            else sorted(((v, p) for v, p in self.found.values() if p != plan), key=lambda entry: entry[0])
-        )
-        gap = 0.0 if not self.interrupted else max(0.0, 1 - self.open_bound / value)
+        others = sorted(((v, p) for v, p in self.found.values() if p != plan), key=lambda entry: entry[0])
+        seconds = cost.step_seconds + self.outside
         return SearchResult(
             plan=plan,
-            step_seconds=cost.step_seconds,
+            step_seconds=seconds,
+            stage_seconds=list(cost.stage_seconds),
+            sync_seconds=list(cost.sync_seconds),
             memory_bytes=list(cost.stage_bytes),
-            samples_per_second=plan.global_batch_size / cost.step_seconds,
+            samples_per_second=plan.global_batch_size / seconds,
             search_seconds=time.perf_counter() - started,
             runners_up=[(p, v * p.global_batch_size) for v, p in others[: self.request.runners_up]],
             best_uniform=uniform,
             best_layerwise=layerwise if self.request.layerwise else None,
-            gap=gap,
+            gap=self.gap() if self.interrupted else 0.0,
             outer_points=self.points,
             solved_points=self.solved,
         )

@@ -85,3 +85,9 @@ def evaluate(plan: Plan, cost_model: CostModel) -> PlanCost:
         sync_seconds=sync_seconds,
         stage_bytes=tuple(int(a) + int(b) for a, b in zip(held, transient, strict=True)),
     )
+
+
+def step_overhead_seconds(cost_model: CostModel) -> float:
+    """Seconds per step outside all layers, where the cost model knows them; the same for every plan."""
+    outside = getattr(cost_model, "step_overhead_seconds", None)
+    return 0.0 if outside is None else float(outside())

@@ -17,6 +17,7 @@ from galvatron_megatron.search.chain import BOUNDARY, BYTES_ROW, SYNC_ROW, Chain
 _FIRST_WINDOW = 0.002
 _WIDENING = 2.5
 _SLACK = 1e-12
+_FEW = 16
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -191,48 +192,40 @@ def _undominated(labels: np.ndarray, layouts: np.ndarray, with_sync: bool, detou
     kept = []
     for group in np.split(order, bounds):
         kept.append(group if len(group) == 1 else group[_front(labels[:, group], with_sync)])
-    if len(kept) > 1:
-        kept = _across(labels, layouts, kept, with_sync, detour)
+    if len(kept) > 1 and not with_sync and len(order) > _FEW and labels[3].min() == labels[3].max():
+        kept = _across(labels, layouts, kept, detour)
     return np.concatenate(kept)
 
 
 def _across(
-    labels: np.ndarray, layouts: np.ndarray, groups: list[np.ndarray], with_sync: bool, detour: np.ndarray
+    labels: np.ndarray, layouts: np.ndarray, groups: list[np.ndarray], detour: np.ndarray
 ) -> list[np.ndarray]:
-    """Drops labels that one of another layout beats strictly even after the worst detour."""
+    """Drops labels that one of another layout beats strictly even after the worst detour.
+
+    Args:
+        labels: as in ``_undominated``; of one transient, so that seconds and bytes decide.
+        layouts: layout of every label.
+        groups: indices of the undominated labels of every layout, the fastest first.
+        detour: as in ``_undominated``.
+    """
     for index, group in enumerate(groups):
+        seconds, bytes_ = labels[0, group], labels[2, group]
+        beaten = np.zeros(len(group), dtype=bool)
         for other in groups:
-            if other is group or not len(other) or not len(group):
+            if other is group or not len(other):
                 continue
             ahead = labels[0, other] + detour[layouts[other[0]], layouts[group[0]]]
-            # For every label of the group: the least bytes among the others that are fast enough.
-            order = np.argsort(ahead, kind="stable")
-            count = np.searchsorted(ahead[order], labels[0, group], side="left")
-            if not count.any():
+            if ahead[0] >= seconds[-1]:
                 continue
-            if with_sync or len(np.unique(labels[3, other])) > 1 or labels[3, other[0]] > labels[3, group].min():
-                worst = labels[1:, other].max(1, keepdims=True)
-                beaten = (count == len(other)) & (labels[1:, group] >= worst).all(0)
-                beaten |= _beaten_by_any(labels[:, group], labels[:, other], ahead)
-            else:
-                least = np.concatenate([[np.inf], np.minimum.accumulate(labels[2, other][order])])
-                beaten = least[count] <= labels[2, group]
-            group = group[~beaten]
-            groups[index] = group
+            # Within a layout the faster label has more bytes: the last one fast enough has the least.
+            count = np.searchsorted(ahead, seconds, side="left")
+            least = np.concatenate([[np.inf], labels[2, other]])
+            beaten |= least[count] <= bytes_
+        if beaten.any() and not beaten.all():
+            groups[index] = group[~beaten]
+        elif beaten.all():
+            groups[index] = group[:0]
     return [group for group in groups if len(group)]
-
-
-def _beaten_by_any(labels: np.ndarray, others: np.ndarray, ahead: np.ndarray) -> np.ndarray:
-    """Mask of labels [4, n] that some label of others [4, k], with its seconds replaced, beats in everything."""
-    beaten = np.zeros(labels.shape[1], dtype=bool)
-    most = 4_000_000 // max(1, others.shape[1])
-    for start in range(0, labels.shape[1], most):
-        part = labels[:, start : start + most]
-        better = ahead[:, None] < part[0][None, :]
-        for row in (1, 2, 3):
-            better &= others[row][:, None] <= part[row][None, :]
-        beaten[start : start + most] = better.any(0)
-    return beaten
 
 
 def _front(labels: np.ndarray, with_sync: bool) -> np.ndarray:

@@ -12,12 +12,17 @@ class SearchResult:
     plan: Plan
     step_seconds: float
     """Predicted time of one training step."""
+    stage_seconds: list[float]
+    """Forward and backward of one micro-batch on every pipeline rank."""
+    sync_seconds: list[float]
+    """Once-per-step synchronisation of every pipeline rank."""
     memory_bytes: list[int]
     """Predicted peak per pipeline rank."""
     samples_per_second: float
     search_seconds: float
     runners_up: list[tuple[Plan, float]]
-    """Next-best plans with other outer decisions and their step seconds, the fastest first."""
+    """Next-best plans met, with other outer decisions, and their step seconds, the fastest first. Each is the best of
+    its own outer decisions at the time it was met; only ``plan`` is proven best of all."""
     best_uniform: tuple[Plan, float] | None
     """Best plan that runs every layer alike, with its step seconds; None where none fits."""
     best_layerwise: tuple[Plan, float] | None

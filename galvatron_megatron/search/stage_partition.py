@@ -16,8 +16,9 @@ from itertools import count
 
 import numpy as np
 
-from galvatron_megatron.search.chain import BOUNDARY, SYNC_ROW, Chain
+from galvatron_megatron.search.chain import BOUNDARY, BYTES_ROW, SYNC_ROW, Chain
 from galvatron_megatron.search.layer_dp import Assignment, fastest_assignment
+from galvatron_megatron.search.options import Options
 from galvatron_megatron.search.spans import Spans
 
 _TIGHT = 1e-12
@@ -230,19 +231,26 @@ class PipelineProblem:
             )
             stage.solved.append((np.inf, found))
         else:
-            found = fastest_assignment(
-                self.chain,
-                sequence,
-                int(positions.classes[position]),
-                budget,
-                constant_transient=transient,
-                time_limit=limit,
-                sync_limit=allowance,
-            )
-            if found is None:
-                stage.refuted.append((allowance, limit))
-            else:
-                stage.solved.append((allowance, found))
+            # Without a limit on sync the problem has a dimension less, and as a rule its answer keeps the limit.
+            limits = (np.inf,) if not np.isfinite(allowance) else (np.inf, allowance)
+            for sync in limits:
+                if stage.exact(allowance) is not None or stage.lower_bound(allowance, 0.0) > limit:
+                    break
+                if sync == np.inf and any(known == np.inf for known, _ in stage.solved):
+                    continue
+                found = fastest_assignment(
+                    self.chain,
+                    sequence,
+                    int(positions.classes[position]),
+                    budget,
+                    constant_transient=transient,
+                    time_limit=limit,
+                    sync_limit=sync,
+                )
+                if found is None:
+                    stage.refuted.append((sync, limit))
+                else:
+                    stage.solved.append((sync, found))
         times = self._times(sync_limit)
         for other, other_key in enumerate(self._keys):
             if other_key == self._keys[position]:
@@ -315,6 +323,53 @@ class PipelineProblem:
         low_slowest, low_sync, low_both = self._least()
         total, _ = self._shortest(self._times(np.inf))
         return max(self.slowest_weight * low_slowest + low_sync, low_both) + total * self.sum_weight
+
+    def least_full(self) -> list[int] | None:
+        """Cuts for which the stage that overfills its budget most does so least, whatever the time."""
+        over = np.full((len(self._keys), len(self._sequences) + 1), np.inf)
+        over[:, :-1] = self._prices[BYTES_ROW] - self._spare[:, None]
+        value, cuts = self._shortest(over, np.maximum)
+        return cuts if np.isfinite(value) else None
+
+    def useful(self, element: int, chunk: int, candidates: Options, cutoff: float) -> np.ndarray:
+        """Marks the strategies of an element that a plan faster than the cutoff may contain.
+
+        A rank that uses a strategy once pays at least its reduced price on top of its Lagrangian bound. With all
+        other ranks as full as the cutoff lets them be, it must still hold the remaining layers in time.
+
+        Args:
+            element: number of the element in the (relaxed) chain of this problem.
+            chunk: chunk of the element.
+            candidates: strategies in question, which need not be those of the chain.
+            cutoff: seconds.
+
+        Returns:
+            Mask over the candidates.
+        """
+        chain, positions = self.chain, self.positions
+        everything = np.ones(len(candidates.strategies), dtype=bool)
+        if not np.isfinite(cutoff):
+            return everything
+        times = self._times(np.inf)[:, :-1]
+        if self.spans.pp == 1:
+            cap = cutoff / (self.slowest_weight + self.sum_weight)
+        else:
+            if self.slowest_weight <= 0:
+                return everything
+            total, _ = self._shortest(self._times(np.inf))
+            _, low_sync, _ = self._least()
+            cap = (cutoff - total * self.sum_weight - low_sync) / self.slowest_weight
+        lengths = np.array([sum(e != BOUNDARY for e in sequence) for sequence in self._sequences])
+        most = np.where(times <= cap, lengths, 0).max(1)
+        need = len(self.spans.kinds) - (most.sum() - most)
+        rows = chain.plain_rows
+        beta = chain.beta[rows][:, positions.classes]  # [J, P]
+        price = np.where(lengths >= need[:, None], self._prices[rows], np.inf).min(2) - beta * self._spare
+        held = candidates.state + chain.live[:, chunk][:, None] * candidates.activation  # [D, S]
+        own = candidates.seconds + beta[:, :, None] * held[positions.classes]
+        cheapest = chain.cheapest(element)[rows][:, positions.classes]
+        bound = (price[:, :, None] + own - cheapest[:, :, None]).max(0) + positions.seconds[:, None]
+        return (bound * (1 - 1e-9) <= cap).any(0)
 
     def _least(self) -> tuple[float, float, float]:
         """Least slowest stage, least largest sync, and least largest (weight * time + sync), each by itself."""

@@ -74,8 +74,6 @@ def _totals(branch: Branch, chosen: dict) -> tuple[float, float]:
 
 def solve_uniform(point: UniformPoint, cutoff: float) -> Plan | None:
     """Finds the best partition of a uniform strategy; None where none is below the cutoff."""
-    if capacity_bound(point, cutoff) >= cutoff:
-        return None
     options = {key: point.branch.options[key].take(np.array([index])) for key, index in point.chosen.items()}
     return point.branch.solve(point.virtual_stages, point.base, cutoff, options)
 
@@ -112,8 +110,10 @@ def capacity_bound(point: UniformPoint, cutoff: float) -> float:
 
     low = total / outer.pp
     high = cutoff / outer.micro_batches
-    if seconds > 0 and np.isfinite(high):
-        if room(high) < layers:
+    if seconds > 0:
+        if not np.isfinite(high):
+            high = seconds * (layers + slack + virtual) + positions.seconds.max()
+        elif room(high) < layers:
             return np.inf
         for _ in range(24):
             if high - low <= 1e-6 * high:

@@ -104,7 +104,9 @@ def rank_front(request, costs, space, outer, setting, position, ranges, only):
             moves = [costs.reshard_seconds(index, setting.base, s, setting) for s in options[slot]]
             t += np.array(moves)[grids[slot]]
         else:
-            moves = [[costs.reshard_seconds(index, a, s, setting) for s in options[slot]] for a in options[slot - 1]]
+            moves = [
+                [costs.reshard_seconds(index, a, s, setting) for s in options[slot]] for a in options[slot - 1]
+            ]
             t += np.array(moves)[grids[slot - 1], grids[slot]]
         if index == last - 1:
             moves = [costs.reshard_seconds(index + 1, s, setting.base, setting) for s in options[slot]]

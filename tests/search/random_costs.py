@@ -19,7 +19,14 @@ def tiny_model(kinds: list[int], **changes: object) -> Model:
         )
         for kind in kinds
     )
-    values = {"name": "tiny", "hidden_size": 48, "seq_length": 4096, "vocab_size": 96, "layers": layers, **changes}
+    values = {
+        "name": "tiny",
+        "hidden_size": 48,
+        "seq_length": 4096,
+        "vocab_size": 96,
+        "layers": layers,
+        **changes,
+    }
     return Model(**values)
 
 
@@ -36,7 +43,14 @@ class RandomCosts:
     """
 
     def __init__(
-        self, model: Model, seed: int, *, levels: int = 0, reshard: float = 0.3, sync: float = 1.0, trade: bool = True
+        self,
+        model: Model,
+        seed: int,
+        *,
+        levels: int = 0,
+        reshard: float = 0.3,
+        sync: float = 1.0,
+        trade: bool = True,
     ) -> None:
         self.model, self.seed, self.levels = model, seed, levels
         self.reshard, self.sync, self.trade = reshard, sync, trade
@@ -51,7 +65,9 @@ class RandomCosts:
             value = round(value * self.levels) / self.levels
         return value * scale
 
-    def _draw_layer(self, layer: Layer, strategy: Strategy, pp: int, micro_batches: int, samples: int) -> LayerCost:
+    def _draw_layer(
+        self, layer: Layer, strategy: Strategy, pp: int, micro_batches: int, samples: int
+    ) -> LayerCost:
         generator = self._random("layer", layer, strategy, pp, micro_batches, samples)
         seconds = 0.5 + self._time(generator, 1.0)
         scale = 2.0 - seconds if self.trade else 1.0
@@ -87,7 +103,9 @@ class RandomCosts:
     def reshard_seconds(self, layer: int, before: Strategy, after: Strategy, setting: Setting) -> float:
         if before.layout == after.layout:
             return 0.0
-        generator = self._random("reshard", before.layout, after.layout, setting.pp, setting.micro_batch_samples)
+        generator = self._random(
+            "reshard", before.layout, after.layout, setting.pp, setting.micro_batch_samples
+        )
         return self._time(generator, self.reshard)
 
     def send_seconds(self, setting: Setting) -> float:

@@ -16,11 +16,21 @@ from brute_force import best_step_seconds
 from random_costs import RandomCosts, tiny_model
 
 CONFIGURATIONS = (
-    {"max_zero": 0, "recompute_kinds": (Recompute.NONE, Recompute.FULL), "allow_ulysses": False, "allow_cp": False},
+    {
+        "max_zero": 0,
+        "recompute_kinds": (Recompute.NONE, Recompute.FULL),
+        "allow_ulysses": False,
+        "allow_cp": False,
+    },
     {"max_zero": 1, "recompute_kinds": (Recompute.NONE,), "allow_ulysses": True, "allow_cp": False},
     {"max_zero": 0, "recompute_kinds": (Recompute.NONE,), "allow_ulysses": False, "allow_cp": True},
-    {"max_zero": 3, "recompute_kinds": (Recompute.NONE,), "allow_ulysses": False, "allow_sequence_parallel": False,
-     "allow_cp": False},
+    {
+        "max_zero": 3,
+        "recompute_kinds": (Recompute.NONE,),
+        "allow_ulysses": False,
+        "allow_sequence_parallel": False,
+        "allow_cp": False,
+    },
 )
 
 

@@ -1,0 +1,213 @@
+"""``galvatron search``: the fastest plan for a model on a cluster."""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from galvatron_megatron.cost.analytic import AnalyticCostModel
+from galvatron_megatron.cost.protocol import CostModel
+from galvatron_megatron.describe.cluster import Cluster, read_cluster
+from galvatron_megatron.describe.model_file import read_model
+from galvatron_megatron.describe.shipped import find_description
+from galvatron_megatron.errors import SearchError
+from galvatron_megatron.plan.constraints import Constraints
+from galvatron_megatron.plan.plan import Fingerprints
+from galvatron_megatron.plan.serialization import write_plan
+from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
+from galvatron_megatron.report.search_report import print_search, print_space, search_document
+from galvatron_megatron.search.decision_tree import Space
+from galvatron_megatron.search.engine import Progress as SearchProgress
+from galvatron_megatron.search.engine import search
+from galvatron_megatron.search.explanation import explain
+from galvatron_megatron.search.request import SearchRequest
+
+HELP = "find the fastest plan for a model on a cluster"
+
+EPILOG = """\
+examples:
+  galvatron search --model llama2-7b --cluster a100-80g --nodes 2 --global-batch-size 64
+  galvatron search --model config.json --cluster c.yaml --global-batch-size 64 --output plan.yaml --json
+  galvatron search --model M.yaml --cluster C.yaml --global-batch-size 64 --show-space
+  galvatron search --model M.yaml --cluster C.yaml --global-batch-size 64 --explain
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    what = parser.add_argument_group("what to plan for")
+    what.add_argument("--model", required=True, help="model file, Hugging Face config.json, or a shipped name")
+    what.add_argument("--cluster", required=True, help="cluster file, or a shipped name")
+    what.add_argument("--nodes", type=int, help="nodes, instead of what the cluster file says")
+    what.add_argument("--seq-length", type=int, help="tokens of a sample, instead of what the model file says")
+    what.add_argument(
+        "--memory-gb", type=float, help="memory of a device that a plan may use, in GB of 2**30 bytes"
+    )
+    what.add_argument(
+        "--global-batch-size", required=True, metavar="B", help="samples a step, or a range FIRST:LAST:STEP"
+    )
+    limits = parser.add_argument_group("limits of the space")
+    limits.add_argument("--uniform", action="store_true", help="only plans that stock Megatron can run")
+    limits.add_argument("--max-zero", type=int, default=3, help="highest ZeRO stage (default: 3)")
+    limits.add_argument("--no-ulysses", action="store_true", help="no Ulysses sequence parallelism")
+    limits.add_argument("--no-context-parallel", action="store_true", help="no context parallelism")
+    limits.add_argument("--no-interleaving", action="store_true", help="one virtual stage per rank")
+    limits.add_argument("--no-recompute", action="store_true", help="no recomputation")
+    limits.add_argument("--tp-across-nodes", action="store_true", help="tp groups may span nodes")
+    fixed = parser.add_argument_group("decisions made by hand")
+    for name in ("pp", "tp", "cp", "zero", "virtual-stages", "micro-batch-size"):
+        fixed.add_argument(f"--{name}", type=int)
+    fixed.add_argument("--sequence-parallel", choices=[kind.value for kind in SequenceParallel])
+    fixed.add_argument("--recompute", choices=[kind.value for kind in Recompute])
+    output = parser.add_argument_group("answer")
+    output.add_argument(
+        "--uniform-margin",
+        type=float,
+        default=0.0,
+        help="prefer the best uniform plan unless a layer-wise one is faster by more than this fraction (default: 0)",
+    )
+    output.add_argument("--runners-up", type=int, default=3, help="how many next-best plans to show")
+    output.add_argument("--explain", action="store_true", help="what limits the plan and what would help")
+    output.add_argument("--show-space", action="store_true", help="print the decision tree and stop")
+    output.add_argument("--json", action="store_true", help="print JSON")
+    output.add_argument("--output", type=Path, metavar="FILE", help="write the plan to FILE (.yaml or .json)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Searches and prints.
+
+    Returns:
+        0.
+
+    Raises:
+        GalvatronError: an input cannot be read, or nothing fits.
+    """
+    cluster = read_cluster(find_description("clusters", arguments.cluster), nodes=arguments.nodes)
+    model = read_model(find_description("models", arguments.model), seq_length=arguments.seq_length)
+    memory = cluster.memory_bytes if arguments.memory_gb is None else arguments.memory_gb * 2**30
+    if not 0 < memory < 2**50:
+        raise SearchError(f"--memory-gb: {arguments.memory_gb}; valid: a number of GB above 0")
+    request = _request(arguments, model, cluster, int(memory))
+    console = Console()
+    if arguments.show_space:
+        print_space(console, Space(request=request))
+        return 0
+    cost_model = AnalyticCostModel(model, cluster)
+    with _ProgressBar(quiet=arguments.json) as bar:
+        result = search(request, cost_model, progress=bar.show)
+    marks = Fingerprints(model=model.fingerprint(), cluster=cluster.fingerprint())
+    result = replace(result, plan=replace(result.plan, fingerprints=marks))
+    explanation = None
+    if arguments.explain:
+        explanation = explain(request, cost_model, result, _alternatives(request, cluster))
+    if arguments.output is not None:
+        write_plan(result.plan, arguments.output)
+    if arguments.json:
+        print(json.dumps(search_document(result, request, explanation), indent=2))
+    else:
+        print_search(console, result, request, explanation)
+        if arguments.output is not None:
+            console.print(f"plan written to {arguments.output}")
+    return 0
+
+
+def _request(arguments: argparse.Namespace, model, cluster: Cluster, memory: int) -> SearchRequest:  # noqa: ANN001
+    kind = arguments.sequence_parallel
+    constraints = Constraints(
+        tp=arguments.tp,
+        cp=arguments.cp,
+        pp=arguments.pp,
+        zero=arguments.zero,
+        sequence_parallel=None if kind is None else SequenceParallel(kind),
+        recompute=None if arguments.recompute is None else Recompute(arguments.recompute),
+        virtual_stages=arguments.virtual_stages,
+        micro_batch_size=arguments.micro_batch_size,
+    )
+    batches = _batch_sizes(arguments.global_batch_size)
+    return SearchRequest(
+        model=model,
+        world_size=cluster.world_size,
+        devices_per_node=cluster.devices_per_node,
+        memory_bytes=memory,
+        global_batch_size=batches[0] if len(batches) == 1 else None,
+        global_batch_sizes=() if len(batches) == 1 else batches,
+        constraints=constraints,
+        layerwise=not arguments.uniform,
+        max_zero=arguments.max_zero,
+        allow_ulysses=not arguments.no_ulysses,
+        allow_cp=not arguments.no_context_parallel,
+        allow_interleaving=not arguments.no_interleaving,
+        tp_across_nodes=arguments.tp_across_nodes,
+        recompute_kinds=(Recompute.NONE,) if arguments.no_recompute else tuple(Recompute),
+        uniform_margin=arguments.uniform_margin,
+        runners_up=arguments.runners_up,
+    )
+
+
+def _batch_sizes(text: str) -> tuple[int, ...]:
+    try:
+        parts = [int(part) for part in text.split(":")]
+        if len(parts) == 1:
+            return (parts[0],)
+        first, last, step = (*parts, parts[0])[:3]
+        found = tuple(range(first, last + 1, step))
+    except ValueError:
+        found = ()
+    if not found:
+        raise SearchError(f"--global-batch-size: {text!r}; valid: a number, or FIRST:LAST:STEP")
+    return found
+
+
+def _alternatives(request: SearchRequest, cluster: Cluster) -> list[tuple[str, SearchRequest, CostModel]]:
+    """One more node, and links of twice the bandwidth."""
+    found = []
+    larger = cluster.with_nodes(cluster.nodes + 1)
+    wider = replace(request, world_size=larger.world_size)
+    found.append(("one more node", wider, AnalyticCostModel(request.model, larger)))
+    levels = [("intra_node", "a link inside nodes twice as fast")]
+    if cluster.nodes > 1:
+        levels.append(("inter_node", "a link between nodes twice as fast"))
+    for level, change in levels:
+        link = getattr(cluster, level)
+        faster = replace(cluster, **{level: replace(link, gb_per_second=link.gb_per_second * 2)})
+        found.append((change, request, AnalyticCostModel(request.model, faster)))
+    return found
+
+
+class _ProgressBar:
+    """A bar with the best plan so far, on standard error; silent where nobody looks."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} outer points"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=quiet or not console.is_terminal,
+        )
+        self._task = self._progress.add_task("searching", total=None)
+
+    def __enter__(self) -> "_ProgressBar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, state: SearchProgress) -> None:
+        """Shows a state of the search."""
+        if not self._progress.disable:
+            best = (
+                "nothing yet"
+                if state.best is None
+                else f"{state.step_seconds:.4f} s, at most {state.gap:.1%} off"
+            )
+            self._progress.update(self._task, description=best, completed=state.done, total=state.total)

@@ -1,0 +1,169 @@
+"""Shows the answer of a search: the plan, what stands beside it, and why."""
+
+from collections import Counter
+from itertools import groupby
+
+from rich.console import Console
+from rich.table import Table
+
+from galvatron_megatron.plan.plan import Plan
+from galvatron_megatron.plan.serialization import plan_to_dict
+from galvatron_megatron.search.decision_tree import RULES, Space
+from galvatron_megatron.search.explanation import Explanation
+from galvatron_megatron.search.request import SearchRequest
+from galvatron_megatron.search.result import SearchResult
+
+_GIB = 2**30
+
+
+def plan_line(plan: Plan) -> str:
+    """A plan in one line: outer decisions, then how many layers run under each strategy."""
+    head = f"pp{plan.pp}"
+    if plan.virtual_stages > 1:
+        head += f" x{plan.virtual_stages}"
+    counts = Counter(layer.strategy for layer in plan.layers)
+    layers = ", ".join(f"{count} x ({strategy})" for strategy, count in counts.items())
+    return f"{head} mbs{plan.micro_batch_size} m{plan.micro_batches} base ({plan.base}): {layers}"
+
+
+def search_document(
+    result: SearchResult, request: SearchRequest, explanation: Explanation | None = None
+) -> dict[str, object]:
+    """The answer as plain values: seconds, and GB of 2**30 bytes with one entry per pipeline rank."""
+    document: dict[str, object] = {
+        "plan": plan_to_dict(result.plan),
+        "predicted": {
+            "step_seconds": result.step_seconds,
+            "samples_per_second": result.samples_per_second,
+            "memory_gb": [amount / _GIB for amount in result.memory_bytes],
+            "stage_seconds": result.stage_seconds,
+            "sync_seconds": result.sync_seconds,
+        },
+        "memory_budget_gb": request.memory_bytes / _GIB,
+        "search_seconds": result.search_seconds,
+        "gap": result.gap,
+        "outer_points": result.outer_points,
+        "solved_points": result.solved_points,
+        "runners_up": [
+            {"plan": plan_to_dict(plan), "step_seconds": seconds} for plan, seconds in result.runners_up
+        ],
+    }
+    for name in ("best_uniform", "best_layerwise"):
+        entry = getattr(result, name)
+        document[name] = None if entry is None else {"plan": plan_to_dict(entry[0]), "step_seconds": entry[1]}
+    if explanation is not None:
+        document["explanation"] = {
+            "binding": explanation.binding,
+            "fullest_stage": explanation.fullest_stage,
+            "memory_use": explanation.memory_use,
+            "ample_memory_gain": explanation.ample_memory_gain,
+            "bubble": explanation.bubble,
+            "sync": explanation.sync,
+            "layerwise_gain": explanation.layerwise_gain,
+            "what_if": [
+                {
+                    "change": answer.change,
+                    "gain": answer.gain,
+                    "samples_per_second": answer.samples_per_second,
+                    "plan": None if answer.plan is None else plan_line(answer.plan),
+                }
+                for answer in explanation.what_if
+            ],
+        }
+    return document
+
+
+def print_search(
+    console: Console, result: SearchResult, request: SearchRequest, explanation: Explanation | None = None
+) -> None:
+    """Prints the answer."""
+    plan = result.plan
+    console.print(f"[bold]{plan_line(plan)}[/bold]", highlight=False, markup=True)
+    proof = "proven fastest of the space" if result.gap == 0 else f"interrupted, at most {result.gap:.2%} off"
+    console.print(
+        f"predicted {result.step_seconds:.4f} s a step, {result.samples_per_second:.2f} samples/s ({proof}; "
+        f"{result.outer_points} outer points, {result.solved_points} solved, {result.search_seconds:.2f} s)"
+    )
+    console.print(_stages(result, request))
+    console.print(_beside(result))
+    if explanation is not None:
+        console.print(f"binding: {explanation.binding}", highlight=False)
+        for answer in explanation.what_if:
+            found = (
+                "no plan" if answer.plan is None else f"{answer.gain:+.1%} throughput: {plan_line(answer.plan)}"
+            )
+            console.print(f"with {answer.change}: {found}", highlight=False, markup=False)
+
+
+def _stages(result: SearchResult, request: SearchRequest) -> Table:
+    table = Table(title=f"pipeline ranks, budget {request.memory_bytes / _GIB:.2f} GB")
+    for name in ("rank", "layers", "GB", "ms a micro-batch", "strategies in order"):
+        table.add_column(name, justify="left" if name.startswith("strategies") else "right")
+    plan = result.plan
+    for rank in range(plan.pp):
+        stages = plan.stages[rank :: plan.pp]
+        runs = [
+            f"{len(list(run))} x {strategy}"
+            for stage in stages
+            for strategy, run in groupby(layer.strategy for layer in stage.layers)
+        ]
+        table.add_row(
+            str(rank),
+            str(sum(len(stage.layers) for stage in stages)),
+            f"{result.memory_bytes[rank] / _GIB:.2f}",
+            f"{result.stage_seconds[rank] * 1e3:.2f}",
+            ", ".join(runs),
+        )
+    return table
+
+
+def _beside(result: SearchResult) -> Table:
+    table = Table(title="beside it")
+    for name in ("", "s a step", "slower by", "plan"):
+        table.add_column(name, justify="left" if name in ("", "plan") else "right")
+    rows = []
+    if result.best_uniform is not None:
+        rows.append(("best uniform", *result.best_uniform))
+    if result.best_layerwise is not None:
+        rows.append(("best layer-wise", *result.best_layerwise))
+    rows += [(f"runner-up {number}", *entry) for number, entry in enumerate(result.runners_up, 1)]
+    chosen = result.step_seconds / result.plan.global_batch_size
+    for name, plan, seconds in rows:
+        slower = seconds / plan.global_batch_size / chosen - 1
+        table.add_row(name, f"{seconds:.4f}", f"{slower:.2%}", plan_line(plan))
+    return table
+
+
+def print_space(console: Console, space: Space) -> None:
+    """Prints the decision tree: branches, what every rule cut, and how much remains."""
+    table = Table(title="decision tree")
+    for name in (
+        "pp",
+        "ranks a stage",
+        "micro-batches",
+        "virtual stages",
+        "base layouts",
+        "strategies a layer",
+    ):
+        table.add_column(name, justify="right")
+    total = 0
+    layers = dict.fromkeys(space.request.model.layers)
+    for outer in space.outers():
+        virtual, bases = space.virtual_stages(outer), space.bases(outer)
+        total += len(virtual) * len(bases)
+        table.add_row(
+            str(outer.pp),
+            str(outer.ranks),
+            f"{outer.micro_batches} x {outer.samples} samples",
+            ",".join(map(str, virtual)),
+            str(len(bases)),
+            " / ".join(str(len(space.strategies(layer, outer))) for layer in layers),
+        )
+    console.print(table)
+    rules = Table(title=f"rules; {total} outer points remain")
+    rules.add_column("rule")
+    rules.add_column("cut", justify="right")
+    rules.add_column("because")
+    for name, reason in RULES.items():
+        rules.add_row(name, str(space.cuts[name]), reason)
+    console.print(rules)
