@@ -1,4 +1,4 @@
-"""Time of operators on one device: a roofline with tile waves, a fixed time per kernel and the host's issue rate."""
+"""Time of operators on a device: a roofline with tile waves, a fixed time per kernel, the host's issue rate."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -56,7 +56,7 @@ class TableReport:
         return sum(value for _, value, _ in self.regrets) / len(self.regrets) if self.regrets else None
 
 
-def test_bed(name: str) -> Cluster:
+def shipped_test_bed(name: str) -> Cluster:
     """The shipped description of the cluster that a table's runs were made on."""
     return read_cluster(
         Path(str(files("galvatron_megatron.data") / "validation" / "test_beds" / f"{name}.yaml"))
@@ -66,7 +66,7 @@ def test_bed(name: str) -> Cluster:
 class Predictor:
     """Predicts measured runs; models of equal kind share their prices."""
 
-    def __init__(self, cluster_of: Callable[[str], Cluster] = test_bed) -> None:
+    def __init__(self, cluster_of: Callable[[str], Cluster] = shipped_test_bed) -> None:
         self._cluster_of = cluster_of
         self._clusters: dict[tuple[str, int], Cluster] = {}
         self._models: dict[tuple, AnalyticCostModel] = {}
