@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from galvatron_megatron.cost.analytic import AnalyticCostModel
+from galvatron_megatron.cost.galvatron_table import GalvatronCostModel
 from galvatron_megatron.cost.protocol import CostModel
 from galvatron_megatron.describe.cluster import Cluster, read_cluster
+from galvatron_megatron.describe.galvatron_files import read_galvatron_profile, write_galvatron_config
 from galvatron_megatron.describe.model_file import read_model
 from galvatron_megatron.describe.shipped import find_description
 from galvatron_megatron.errors import SearchError
@@ -51,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--global-batch-size", required=True, metavar="B", help="samples a step, or a range FIRST:LAST:STEP"
     )
+    what.add_argument(
+        "--galvatron-profile",
+        type=Path,
+        metavar="DIR",
+        help="prices from Hetu-Galvatron's profile files; no context parallelism, which they do not hold",
+    )
     limits = parser.add_argument_group("limits of the space")
     limits.add_argument("--uniform", action="store_true", help="only plans that stock Megatron can run")
     limits.add_argument("--max-zero", type=int, default=3, help="highest ZeRO stage (default: 3)")
@@ -76,6 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--show-space", action="store_true", help="print the decision tree and stop")
     output.add_argument("--json", action="store_true", help="print JSON")
     output.add_argument("--output", type=Path, metavar="FILE", help="write the plan to FILE (.yaml or .json)")
+    output.add_argument(
+        "--galvatron-config", type=Path, metavar="FILE", help="write the plan for Hetu-Galvatron (galvatron_config JSON)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -97,16 +108,25 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.show_space:
         print_space(console, Space(request=request))
         return 0
-    cost_model = AnalyticCostModel(model, cluster)
+    cost_model: CostModel = AnalyticCostModel(model, cluster)
+    if arguments.galvatron_profile is not None:
+        profile = read_galvatron_profile(
+            arguments.galvatron_profile, seq_length=model.seq_length, world_size=cluster.world_size
+        )
+        cost_model = GalvatronCostModel(model, profile)
+        request = replace(request, allow_cp=False)
     with _ProgressBar(quiet=arguments.json) as bar:
         result = search(request, cost_model, progress=bar.show)
     marks = Fingerprints(model=model.fingerprint(), cluster=cluster.fingerprint())
     result = replace(result, plan=replace(result.plan, fingerprints=marks))
     explanation = None
     if arguments.explain:
-        explanation = explain(request, cost_model, result, _alternatives(request, cluster))
+        others = [] if arguments.galvatron_profile is not None else _alternatives(request, cluster)
+        explanation = explain(request, cost_model, result, others)
     if arguments.output is not None:
         write_plan(result.plan, arguments.output)
+    if arguments.galvatron_config is not None:
+        write_galvatron_config(result.plan, arguments.galvatron_config)
     if arguments.json:
         print(json.dumps(search_document(result, request, explanation), indent=2))
     else:

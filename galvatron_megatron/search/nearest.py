@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from galvatron_megatron.cost.protocol import CostModel
-from galvatron_megatron.errors import SearchError
+from galvatron_megatron.errors import GalvatronError, SearchError
 from galvatron_megatron.plan.constraints import Constraints
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.strategy import Strategy
@@ -15,7 +15,7 @@ from galvatron_megatron.search.chain import BOUNDARY
 from galvatron_megatron.search.decision_tree import Space
 from galvatron_megatron.search.evaluation import evaluate
 from galvatron_megatron.search.layer_dp import Assignment
-from galvatron_megatron.search.request import ALL_RECOMPUTE, SearchRequest
+from galvatron_megatron.search.request import SearchRequest
 from galvatron_megatron.search.stage_partition import Partition, PipelineProblem
 
 _GIB = 2**30
@@ -100,23 +100,20 @@ def nothing_fits(request: SearchRequest, branches: Sequence[Branch], cost_model:
 
 def _remedy(request: SearchRequest, needed: int, cost_model: CostModel) -> str:
     remedies = [f"at least {needed / _GIB:.2f} GB a device", "more devices"]
-    wider = replace(
-        request,
-        constraints=Constraints(),
-        global_batch_size=request.batch_sizes[0],
-        global_batch_sizes=(),
-        max_zero=3,
-        allow_sequence_parallel=True,
-        allow_ulysses=True,
-        allow_cp=True,
-        recompute_kinds=ALL_RECOMPUTE,
-    )
-    if wider != request:
-        space = Space(request=wider)
-        branches = [Branch(space, cost_model, outer) for outer in space.outers()]
+    if not request.constraints.is_free:
+        free = replace(
+            request,
+            constraints=Constraints(),
+            global_batch_size=request.batch_sizes[0],
+            global_batch_sizes=(),
+        )
+        space = Space(request=free)
+        try:
+            branches = [Branch(space, cost_model, outer) for outer in space.outers()]
+        except GalvatronError:
+            return "; or ".join(remedies)  # a table may hold prices for the decisions made by hand alone
         found = smallest_plan([branch for branch in branches if branch.is_possible], cost_model)
         if found is not None and found[1] <= request.memory_bytes:
-            plan = found[0]
-            strategies = ", ".join(str(strategy) for strategy in plan.strategies)
-            remedies.insert(0, f"lift what is fixed or switched off: pp {plan.pp} with {strategies} fits")
+            strategies = ", ".join(str(strategy) for strategy in found[0].strategies)
+            remedies.insert(0, f"lift what is fixed by hand: pp {found[0].pp} with {strategies} fits")
     return "; or ".join(remedies)
