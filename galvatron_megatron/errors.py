@@ -30,17 +30,17 @@ class UnsupportedPlanError(GalvatronError):
     """A plan that is valid but that the runtime cannot execute here."""
 
 
-def did_you_mean(value: str, choices: Iterable[str]) -> str:
+def did_you_mean(value: object, choices: Iterable[str]) -> str:
     """Names the valid choices, the nearest one first.
 
     Args:
-        value: what was given.
+        value: what was given; anything but text is near to nothing.
         choices: what would have been valid.
 
     Returns:
         Text to append to an error line, e.g. ``"did you mean 'full'? valid: full, none, selective"``.
     """
     valid = sorted(choices)
-    near = get_close_matches(value, valid, n=1)
+    near = get_close_matches(value[:100], valid, n=1) if isinstance(value, str) else ()
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}valid: {', '.join(valid)}"

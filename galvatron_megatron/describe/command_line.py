@@ -118,7 +118,10 @@ def _recompute(given: Mapping[str, object]) -> tuple[Recompute | None, int | Non
     layers = given.get("recompute_num_layers")
     if given.get("recompute_method") == "block":
         if layers is None:
-            raise PlanError(f"{option('recompute_method')} block needs {option('recompute_num_layers')}")
+            raise PlanError(
+                f"{option('recompute_method')} block: without {option('recompute_num_layers')}; valid: "
+                f"{option('recompute_num_layers')} N beside it"
+            )
         return Recompute.FULL, layers
     if layers not in (None, 1):
         raise PlanError(
@@ -135,6 +138,7 @@ _UNPLANNED = {
     "account_for_loss_in_pipeline_split": "leave it out; the plan balances the stages",
     "moe_layer_recompute": "leave it out, or use --recompute-granularity",
     "distribute_saved_activations": "leave it out, or use --sequence-parallel",
+    "rampup_batch_size": "a fixed --global-batch-size",
     "step_batch_size_schedule": "a fixed --global-batch-size",
 }
 

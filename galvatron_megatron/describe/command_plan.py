@@ -6,6 +6,7 @@ from dataclasses import replace
 from galvatron_megatron.describe.command_line import plan_constraints
 from galvatron_megatron.describe.model import Model
 from galvatron_megatron.errors import PlanError
+from galvatron_megatron.plan.checks import shown
 from galvatron_megatron.plan.constraints import Constraints
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
@@ -53,6 +54,12 @@ def plan_from_command_line(argv: Sequence[str], model: Model, world_size: int) -
     recomputed = replace(strategy, recompute=fixed.recompute or Recompute.NONE)
     limit = fixed.recomputed_layers_per_stage
     kinds = iter(layer.kind for layer in model.layers)
+    counts = _stage_layers(fixed, len(model.layers), pp)
+    if sum(counts) != len(model.layers) or min(counts) < 1:
+        raise PlanError(
+            f"command line: stages of {shown(list(counts))} layers; valid: at least one layer in every stage, "
+            f"{len(model.layers)} together"
+        )
     stages = tuple(
         StagePlan(
             layers=tuple(
@@ -60,7 +67,7 @@ def plan_from_command_line(argv: Sequence[str], model: Model, world_size: int) -
                 for place in range(count)
             )
         )
-        for count in _stage_layers(fixed, len(model.layers), pp)
+        for count in counts
     )
     return Plan(
         pp=pp,
@@ -79,7 +86,12 @@ def _stage_layers(fixed: Constraints, layers: int, pp: int) -> tuple[int, ...]:
     first, last = fixed.first_stage_layers, fixed.last_stage_layers
     virtual = fixed.virtual_stages or 1
     if fixed.layers_per_virtual_stage is not None:
-        virtual = layers // pp // fixed.layers_per_virtual_stage
+        virtual, rest = divmod(layers, pp * fixed.layers_per_virtual_stage)
+        if rest:
+            raise PlanError(
+                f"command line: --num-layers-per-virtual-pipeline-stage {fixed.layers_per_virtual_stage} x pp "
+                f"{pp} does not divide {layers} layers; valid: a divisor of {layers // pp}"
+            )
     given = [count for count in (first, last) if count is not None]
     middle, left = pp - len(given), layers - sum(given)
     per_rank = left // middle if middle else 0

@@ -3,15 +3,14 @@
 from dataclasses import dataclass, fields
 
 from galvatron_megatron.errors import DescriptionError
+from galvatron_megatron.plan.checks import require_count
 from galvatron_megatron.plan.layer_kind import LayerKind
 
 
-def require_positive(owner: object, *names: str) -> None:
-    """Raises a DescriptionError that names the first of the fields that is not a positive integer."""
+def require_positive(owner: object, *names: str, least: int = 1) -> None:
+    """Raises a DescriptionError that names the first of the fields that is no integer of at least ``least``."""
     for name in names:
-        value = getattr(owner, name)
-        if type(value) is not int or value < 1:
-            raise DescriptionError(f"model {name}: {value!r}; valid: an integer >= 1")
+        require_count(getattr(owner, name), f"model {name}", least=least, error=DescriptionError)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -34,9 +33,12 @@ class Attention:
 
     def __post_init__(self) -> None:
         require_positive(self, "heads", "query_groups", "head_dim")
+        require_positive(self, "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", least=0)
+        require_positive(self, "qk_head_dim", "v_head_dim", least=1 if self.is_latent else 0)
         if self.heads % self.query_groups:
             raise DescriptionError(
-                f"model query_groups: {self.query_groups} does not divide the {self.heads} attention heads"
+                f"model query_groups: {self.query_groups} does not divide the {self.heads} attention heads; "
+                f"valid: a divisor of {self.heads}"
             )
 
     @property
@@ -105,8 +107,11 @@ class Experts:
 
     def __post_init__(self) -> None:
         require_positive(self, "count", "top_k", "ffn_hidden_size")
+        require_positive(self, "shared_ffn_hidden_size", least=0)
         if self.top_k > self.count:
-            raise DescriptionError(f"model top_k: {self.top_k} is more than the {self.count} experts")
+            raise DescriptionError(
+                f"model top_k: {self.top_k} is more than the {self.count} experts; valid: 1 to {self.count}"
+            )
 
     def parameter_count(self, hidden_size: int) -> int:
         """Parameters of the router, all experts and the shared experts, without the norm in front."""
@@ -132,6 +137,7 @@ class Mamba:
 
     def __post_init__(self) -> None:
         require_positive(self, "state_dim", "head_dim", "groups", "expand", "conv_kernel")
+        require_positive(self, "heads", least=0)
 
     def inner_size(self, hidden_size: int) -> int:
         """Width inside the mixer: heads * head_dim, or expand * hidden_size where heads are not given."""

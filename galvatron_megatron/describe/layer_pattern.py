@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 from galvatron_megatron.errors import DescriptionError
+from galvatron_megatron.plan.checks import MOST_LAYERS, shown
 
 HYBRID_SYMBOLS = {
     "*": "attention",
@@ -78,9 +79,9 @@ def layer_frequency(text: str) -> int | list[int]:
     try:
         value = _list_expression(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{text!r} is not a list expression") from error
+        raise ValueError(f"{shown(text)} is not a list expression") from error
     if not isinstance(value, list):
-        raise ValueError(f"{text!r} is not a list expression")
+        raise ValueError(f"{shown(text)} is not a list expression")
     return value
 
 
@@ -119,13 +120,20 @@ def layout_stage_layers(layout: str) -> tuple[int, ...]:
     """
     text = layout.replace(",", "")
     # The same two expansions, in the same order, as Megatron's PipelineParallelLayerLayout.parse_str_to_list.
-    text = re.sub(r"\(([^)]+)\)\*(\d+)", lambda match: match.group(1) * int(match.group(2)), text)
-    text = re.sub(r"(.)\*(\d+)", lambda match: match.group(1) * int(match.group(2)), text)
+    for repetition in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
+        grown = sum(len(match[1]) * int(match[2][:9]) for match in re.finditer(repetition, text))
+        if grown > 2 * MOST_LAYERS:
+            raise DescriptionError(
+                f"--pipeline-model-parallel-layout: {shown(layout)} has {grown} parts; "
+                f"valid: at most {MOST_LAYERS} layers"
+            )
+        text = re.sub(repetition, lambda match: match[1] * int(match[2]), text)
     counts = tuple(stage.count("t") for stage in text.split("|"))
     if not re.fullmatch(r"Et+L", text.replace("|", "")) or not all(counts):
         raise DescriptionError(
-            f"--pipeline-model-parallel-layout: {layout!r} is not planned for; valid: E, then one t per layer, "
-            "then L, with | between stages that have at least one t, e.g. 'Et*3|t*4|tL'"
+            f"--pipeline-model-parallel-layout: {shown(layout)} is not planned for; "
+            "valid: E, then one t per layer, then L, with | "
+            "between stages that have at least one t, e.g. 'Et*3|t*4|tL'"
         )
     return counts
 
@@ -146,6 +154,6 @@ def _list_expression(node: ast.expr) -> list[int] | int:
             factors = (_list_expression(left), _list_expression(right))
             times = next((factor for factor in factors if isinstance(factor, int)), None)
             repeated = next((factor for factor in factors if isinstance(factor, list)), None)
-            if times is not None and repeated is not None and times * len(repeated) <= 1_000_000:
+            if times is not None and repeated is not None and times * len(repeated) <= MOST_LAYERS:
                 return repeated * times
-    raise ValueError("only lists of integers, + and * are allowed")
+    raise ValueError(f"only lists of at most {MOST_LAYERS} integers, + and * are allowed")

@@ -13,6 +13,7 @@ from galvatron_megatron.describe.megatron_flags import FLAG_OF, option
 from galvatron_megatron.describe.model import Attention, Experts, Layer, Mamba, Mlp, Model
 from galvatron_megatron.describe.vocabulary import vocabulary
 from galvatron_megatron.errors import DescriptionError
+from galvatron_megatron.plan.checks import MOST_LAYERS, require_count
 from galvatron_megatron.plan.layer_kind import LayerKind
 
 __all__ = ["model_from_arguments", "parse_command_line", "plan_constraints", "read_command_line"]
@@ -94,8 +95,15 @@ def _first(get: _Get, *dests: str) -> int:
     return _required(get, dests[0])
 
 
-def _gpt_layers(get: _Get) -> tuple[Layer, ...]:
+def _layer_count(get: _Get) -> int:
     count = _first(get, "num_layers", "encoder_num_layers")
+    if not 1 <= count <= MOST_LAYERS:
+        raise DescriptionError(f"{option('num_layers')}: {count}; valid: an integer from 1 to {MOST_LAYERS}")
+    return count
+
+
+def _gpt_layers(get: _Get) -> tuple[Layer, ...]:
+    count = _layer_count(get)
     attention = _attention(get, latent=bool(get("multi_latent_attention")))
     # Megatron makes a dense model of --num-experts 0.
     with_experts = (False,) * count
@@ -121,7 +129,7 @@ def _hybrid_layers(get: _Get, pattern: str) -> tuple[Layer, ...]:
             case "E":
                 if not get("num_experts"):
                     raise DescriptionError(
-                        f"--hybrid-layer-pattern has E layers; needs {option('num_experts')}"
+                        f"--hybrid-layer-pattern has E layers; valid: {option('num_experts')} N, or no E"
                     )
                 made[symbol] = Layer(kind=LayerKind.MOE, experts=_experts(get))
             case "M":
@@ -143,7 +151,7 @@ def _attention(get: _Get, *, latent: bool) -> Attention:
             output_bias=bias,
             qk_layernorm=bool(get("qk_layernorm")),
             q_lora_rank=get("q_lora_rank") or 0,
-            kv_lora_rank=get("kv_lora_rank"),
+            kv_lora_rank=require_count(get("kv_lora_rank"), option("kv_lora_rank"), error=DescriptionError),
             qk_head_dim=get("qk_head_dim"),
             qk_rope_head_dim=rope_dim,
             v_head_dim=get("v_head_dim"),

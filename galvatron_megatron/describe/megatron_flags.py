@@ -5,9 +5,39 @@ a test holds every row against Megatron's own parser.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from galvatron_megatron.describe.layer_pattern import layer_frequency
+from galvatron_megatron.plan.checks import GREATEST, shown
+
+
+def _integer(text: str) -> int:
+    value = int(text)
+    if abs(value) > GREATEST:
+        raise ValueError("does not fit in 32 bits")
+    return value
+
+
+_READERS: dict[str, tuple[Callable[[str], object], str]] = {
+    "int": (_integer, f"an integer up to {GREATEST}"),
+    "float": (float, "a number"),
+    "str": (str, "text"),
+    "frequency": (layer_frequency, "an integer N, or a list of 0 and 1 such as ([0]+[1]*23)"),
+}
+"""Kind of value -> function that reads it, and what is valid."""
+
+
+def _reader(kind: str) -> Callable[[str], object]:
+    read, valid = _READERS[kind]
+
+    def checked(text: str) -> object:
+        try:
+            return read(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{shown(text)}; valid: {valid}") from None
+
+    return checked
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +63,10 @@ class Flag:
             action = "store_true" if self.kind == "on" else "store_false"
             parser.add_argument(*self.names, dest=self.dest, action=action, default=argparse.SUPPRESS)
             return
-        value_type = {"int": int, "float": float, "str": str, "frequency": layer_frequency}[self.kind]
         parser.add_argument(
             *self.names,
             dest=self.dest,
-            type=value_type,
+            type=_reader(self.kind),
             default=argparse.SUPPRESS,
             nargs=self.nargs,
             choices=self.choices,

@@ -15,6 +15,7 @@ from galvatron_megatron.describe.layer import (
     require_positive,
 )
 from galvatron_megatron.errors import DescriptionError, did_you_mean
+from galvatron_megatron.plan.checks import shown
 
 __all__ = ["Attention", "Experts", "Layer", "Mamba", "Mlp", "Model"]
 
@@ -48,12 +49,19 @@ class Model:
     precision: str = "bf16"
     """``bf16``, ``fp16`` or ``fp32``."""
     hidden_dropout: float = 0.0
+    """Probability, 0 to 1."""
     attention_dropout: float = 0.0
+    """Probability, 0 to 1."""
     fused_attention: bool = True
     """Flash or fused attention: no seq x seq score matrix is kept."""
 
     def __post_init__(self) -> None:
         require_positive(self, "hidden_size", "seq_length", "vocab_size", "vocab_divisor")
+        require_positive(self, "max_position_embeddings", least=0)
+        for name in ("hidden_dropout", "attention_dropout"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value <= 1:
+                raise DescriptionError(f"model {name}: {shown(value)}; valid: a number from 0 to 1")
         if not self.layers:
             raise DescriptionError("model layers: none; valid: at least one layer")
         for name, choices in (
@@ -64,7 +72,7 @@ class Model:
             value = getattr(self, name)
             if value not in choices:
                 raise DescriptionError(
-                    f"model {name}: {value!r} is unknown; {did_you_mean(str(value), choices)}"
+                    f"model {name}: {shown(value)} is unknown; {did_you_mean(value, choices)}"
                 )
 
     def padded_vocab_size(self, tp: int) -> int:

@@ -28,11 +28,9 @@ from galvatron_megatron.describe.hf_config import model_from_hf_config
 from galvatron_megatron.describe.model import Attention, Experts, Layer, Mamba, Mlp, Model
 from galvatron_megatron.describe.shipped import find_description
 from galvatron_megatron.errors import DescriptionError, did_you_mean
+from galvatron_megatron.plan.checks import MOST_LAYERS, shown
 from galvatron_megatron.plan.document import check_keys, read_document, write_document
 from galvatron_megatron.plan.layer_kind import LayerKind
-
-MOST_LAYERS = 100_000
-"""A model with more layers is taken for a mistake in a count."""
 
 _PARTS: dict[str, type] = {"attention": Attention, "mlp": Mlp, "experts": Experts, "mamba": Mamba}
 _TYPES: dict[str, type] = {"int": int, "bool": bool, "str": str, "float": float}
@@ -87,7 +85,7 @@ def model_from_dict(document: Mapping[str, object], where: str = "model") -> Mod
     )
     runs = mapping["layers"]
     if not isinstance(runs, list):
-        raise DescriptionError(f"{where}.layers: {runs!r:.60}; valid: a list of layers")
+        raise DescriptionError(f"{where}.layers: {shown(runs)}; valid: a list of layers")
     layers: list[Layer] = []
     for index, run in enumerate(runs):
         layers += _run_from_dict(run, f"{where}.layers[{index}]", MOST_LAYERS - len(layers))
@@ -129,11 +127,11 @@ def _run_from_dict(run: object, where: str, most: int) -> list[Layer]:
     mapping = check_keys(run, where, required=("kind",), optional=("count", *_PARTS), error=DescriptionError)
     count = mapping.get("count", 1)
     if type(count) is not int or not 1 <= count <= most:
-        raise DescriptionError(f"{where}.count: {count!r}; valid: an integer from 1 to {max(1, most)}")
+        raise DescriptionError(f"{where}.count: {shown(count)}; valid: an integer from 1 to {max(1, most)}")
     kinds = [member.value for member in LayerKind]
     if mapping["kind"] not in kinds:
         raise DescriptionError(
-            f"{where}.kind: {mapping['kind']!r} is unknown; {did_you_mean(str(mapping['kind']), kinds)}"
+            f"{where}.kind: {shown(mapping['kind'])} is unknown; {did_you_mean(mapping['kind'], kinds)}"
         )
     parts = {}
     for name, kind in _PARTS.items():
@@ -165,6 +163,6 @@ def _typed_values(kind: type, mapping: Mapping[str, object], where: str) -> dict
         if wanted is float and type(value) is int:
             value = float(value)
         if wanted is not None and type(value) is not wanted:
-            raise DescriptionError(f"{where}.{entry.name}: {value!r:.60}; valid: of type {wanted.__name__}")
+            raise DescriptionError(f"{where}.{entry.name}: {shown(value)}; valid: of type {wanted.__name__}")
         values[entry.name] = value
     return values

@@ -87,7 +87,7 @@ def _check_model(plan: Plan, model: Model, where: str) -> None:
         )
     problem = strategy_problem(None, plan.base, model)
     if problem:
-        raise PlanError(f"{where}.base: {problem}")
+        raise PlanError(f"{where}.base: {problem}; valid: degrees that divide")
     checked: set[tuple[Layer, Strategy]] = set()
     for index, (planned, layer) in enumerate(zip(plan.layers, model.layers, strict=True)):
         if (layer, planned.strategy) in checked:
@@ -95,7 +95,7 @@ def _check_model(plan: Plan, model: Model, where: str) -> None:
         checked.add((layer, planned.strategy))
         problem = strategy_problem(layer, planned.strategy, model)
         if problem:
-            raise PlanError(f"{where} layer {index}: {problem}")
+            raise PlanError(f"{where} layer {index}: {problem}; valid: degrees that divide")
 
 
 def _divisions(layer: Layer | None, strategy: Strategy, model: Model) -> Iterator[tuple[int, str, int, str]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from galvatron_megatron.describe.megatron_flags import option
 from galvatron_megatron.errors import DescriptionError
+from galvatron_megatron.plan.checks import require_count
 
 _TOKENIZERS_OF_GIVEN_SIZE = {
     None: None,
@@ -28,9 +29,12 @@ def vocabulary(get: Callable[[str], object], known: int | None) -> tuple[int, in
         Entries before padding, and the divisor that they are padded to (times tp).
 
     Raises:
-        DescriptionError: nothing says how large the vocabulary is, or the tokenizer's files cannot be read.
+        DescriptionError: the divisor or the tensor-parallel size is no integer >= 1, nothing says how large the
+            vocabulary is, or the tokenizer's files cannot be read.
     """
     divisor = get("make_vocab_size_divisible_by")
+    for dest in ("make_vocab_size_divisible_by", "tensor_model_parallel_size"):
+        require_count(get(dest), option(dest), error=DescriptionError)
     size = known
     if size is None:
         size = _vocabulary_before_padding(get)

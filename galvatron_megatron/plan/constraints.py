@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 from galvatron_megatron.errors import PlanError
+from galvatron_megatron.plan.checks import require_count, shown
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
 
@@ -44,17 +45,23 @@ class Constraints:
             "pp",
             "virtual_stages",
             "layers_per_virtual_stage",
+            "first_stage_layers",
+            "last_stage_layers",
             "micro_batch_size",
             "global_batch_size",
         ):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise PlanError(f"constraint {name}: {value!r}; valid: an integer >= 1")
-        if self.zero not in (None, 0, 1, 2, 3):
-            raise PlanError(f"constraint zero: {self.zero!r}; valid: 0, 1, 2, 3")
+            if getattr(self, name) is not None:
+                require_count(getattr(self, name), f"constraint {name}")
+        if self.recomputed_layers_per_stage is not None:
+            require_count(self.recomputed_layers_per_stage, "constraint recomputed_layers_per_stage", least=0)
+        for count in self.stage_layers or ():
+            require_count(count, "constraint stage_layers")
+        if self.zero is not None and (type(self.zero) is not int or self.zero not in (0, 1, 2, 3)):
+            raise PlanError(f"constraint zero: {shown(self.zero)}; valid: 0, 1, 2, 3")
         if self.pp is not None and self.stage_layers is not None and len(self.stage_layers) % self.pp:
             raise PlanError(
                 f"constraint pp: {self.pp} does not divide the {len(self.stage_layers)} stages laid out by hand"
+                f"; valid: a divisor of {len(self.stage_layers)}"
             )
 
     @property

@@ -4,13 +4,16 @@ import json
 import os
 import secrets
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
 
 from galvatron_megatron.errors import GalvatronError, PlanError, did_you_mean
+from galvatron_megatron.plan.checks import shown
 
 SUFFIXES = (".yaml", ".yml", ".json")
+_MOST_KEYS = 10_000
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -27,6 +30,14 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > _MOST_KEYS:
+            # Merges of merges ("<<") can grow without bound from a few lines.
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a mapping of {len(node.value)} keys", node.start_mark
+            )
 
 
 def read_document(path: Path | str, error: type[GalvatronError] = PlanError) -> dict[str, object]:
@@ -45,11 +56,14 @@ def read_document(path: Path | str, error: type[GalvatronError] = PlanError) -> 
     if path.suffix not in SUFFIXES:
         raise error(f"{path}: unknown kind of file; valid: a name that ends with {', '.join(SUFFIXES)}")
     try:
-        text = path.read_text(encoding="utf-8")
+        # Some editors put a byte order mark in front.
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as cause:
         raise error(f"{path}: cannot be read ({cause.strerror}); valid: a readable file") from None
     except UnicodeDecodeError:
         raise error(f"{path}: is not text; valid: YAML or JSON in UTF-8") from None
+    except ValueError as cause:
+        raise error(f"{str(path)!r}: cannot be a file ({cause}); valid: a readable file") from None
     try:
         if path.suffix == ".json":
             content = json.loads(text, object_pairs_hook=_mapping_without_duplicates)
@@ -59,11 +73,12 @@ def read_document(path: Path | str, error: type[GalvatronError] = PlanError) -> 
         mark = cause.problem_mark
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         problem = " ".join(f"{cause.problem or cause}".split())
-        raise error(f"{path}: is not YAML{place}: {problem}") from None
+        raise error(f"{path}: is not YAML{place}: {problem}; valid: well-formed YAML, every key once") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as cause:
         # PyYAML lets such errors out of values with a tag that does not fit them, e.g. "!!timestamp x".
         kind = "JSON" if path.suffix == ".json" else "YAML"
-        raise error(f"{path}: is not {kind}: {' '.join(str(cause).split())}") from None
+        problem = " ".join(str(cause).split())
+        raise error(f"{path}: is not {kind}: {problem}; valid: well-formed {kind}, every key once") from None
     if not isinstance(content, dict):
         raise error(f"{path}: holds a {type(content).__name__}; valid: a mapping at the top level")
     return content
@@ -102,20 +117,15 @@ def check_keys(
         GalvatronError: of the given class, for an unknown or missing key, or a value that is no mapping.
     """
     if not isinstance(mapping, Mapping):
-        raise error(f"{where}: {_short(mapping)}; valid: a mapping with {', '.join(required) or 'known keys'}")
+        raise error(f"{where}: {shown(mapping)}; valid: a mapping with {', '.join(required) or 'known keys'}")
     known = {*required, *optional}
     for key in mapping:
         if key not in known:
-            raise error(f"{where}: unknown key {_short(key)}; {did_you_mean(str(key), known)}")
+            raise error(f"{where}: unknown key {shown(key)}; {did_you_mean(key, known)}")
     for key in required:
         if key not in mapping:
-            raise error(f"{where}.{key}: missing; required: {', '.join(required)}")
+            raise error(f"{where}.{key}: missing; valid: {', '.join(required)} all given")
     return mapping
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def write_document(text: str, path: Path | str, error: type[GalvatronError] = PlanError) -> None:
@@ -134,7 +144,10 @@ def write_document(text: str, path: Path | str, error: type[GalvatronError] = Pl
             os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError as cause:
-        temporary.unlink(missing_ok=True)
         raise error(
             f"{path}: cannot be written ({cause.strerror}); valid: a writable directory with free space"
         ) from None
+    finally:
+        # Gone already where all went well; what could not be made cannot be removed either.
+        with suppress(OSError):
+            temporary.unlink()

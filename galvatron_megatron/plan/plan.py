@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from galvatron_megatron.errors import PlanError
+from galvatron_megatron.plan.checks import require_count, shown
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.strategy import Recompute, Strategy
 
@@ -20,9 +21,11 @@ class LayerPlan:
     def __post_init__(self) -> None:
         if not isinstance(self.kind, LayerKind):
             valid = ", ".join(member.value for member in LayerKind)
-            raise PlanError(f"layer.kind: {self.kind!r} is unknown; valid: {valid}")
+            raise PlanError(f"layer.kind: {shown(self.kind)} is unknown; valid: {valid}")
         if not isinstance(self.strategy, Strategy):
-            raise PlanError(f"layer.strategy: {self.strategy!r} is not a strategy; valid: a mapping of degrees")
+            raise PlanError(
+                f"layer.strategy: {shown(self.strategy)} is not a strategy; valid: a mapping of degrees"
+            )
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -66,12 +69,11 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in ("pp", "virtual_stages", "micro_batch_size", "micro_batches"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise PlanError(f"plan.{name}: {value!r}; valid: an integer >= 1")
+            require_count(getattr(self, name), f"plan.{name}")
         if self.schema_version != SCHEMA_VERSION:
             raise PlanError(
-                f"plan.schema_version: {self.schema_version!r} is not readable here; valid: {SCHEMA_VERSION}"
+                f"plan.schema_version: {shown(self.schema_version)} is not readable here; "
+                f"valid: {SCHEMA_VERSION}"
             )
         if self.virtual_stages > 1 and self.pp == 1:
             raise PlanError(f"plan.virtual_stages: {self.virtual_stages} needs pp > 1; valid: 1")
@@ -93,7 +95,8 @@ class Plan:
             if samples % strategy.dp:
                 raise PlanError(
                     f"plan layer {index}: dp {strategy.dp} does not divide the {samples} samples of a step's "
-                    f"micro-batch (micro_batch_size {self.micro_batch_size} x base dp {self.base.dp})"
+                    f"micro-batch (micro_batch_size {self.micro_batch_size} x base dp {self.base.dp}); "
+                    f"valid: a divisor of {samples}"
                 )
 
     @property

@@ -24,13 +24,11 @@ from pathlib import Path
 import yaml
 
 from galvatron_megatron.errors import PlanError, did_you_mean
+from galvatron_megatron.plan.checks import MOST_LAYERS, shown
 from galvatron_megatron.plan.document import check_keys, read_document, write_document
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import SCHEMA_VERSION, Fingerprints, LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
-
-MOST_LAYERS = 100_000
-"""A plan with more layers is taken for a mistake in a count."""
 
 _STRATEGY_FIELDS = tuple(entry.name for entry in fields(Strategy))
 _STRATEGY_KINDS: dict[str, type[StrEnum]] = {"sequence_parallel": SequenceParallel, "recompute": Recompute}
@@ -74,11 +72,13 @@ def plan_from_dict(document: object, where: str = "plan") -> Plan:
         document.get("schema_version", SCHEMA_VERSION) if isinstance(document, Mapping) else SCHEMA_VERSION
     )
     if type(version) is not int or version != SCHEMA_VERSION:
-        raise PlanError(f"{where}.schema_version: {version!r} is not readable here; valid: {SCHEMA_VERSION}")
+        raise PlanError(
+            f"{where}.schema_version: {shown(version)} is not readable here; valid: {SCHEMA_VERSION}"
+        )
     mapping = check_keys(document, where, required=_REQUIRED, optional=_OPTIONAL)
     stages = mapping["stages"]
     if not isinstance(stages, list):
-        raise PlanError(f"{where}.stages: {stages!r:.60}; valid: a list of stages, each a list of layers")
+        raise PlanError(f"{where}.stages: {shown(stages)}; valid: a list of stages, each a list of layers")
     budget = [MOST_LAYERS]
     stage_plans = tuple(
         _stage_from_list(stage, f"{where}.stages[{index}]", budget) for index, stage in enumerate(stages)
@@ -169,14 +169,14 @@ def _strategy_from_dict(mapping: Mapping[str, object], where: str) -> Strategy:
 def _stage_from_list(stage: object, where: str, budget: list[int]) -> StagePlan:
     """``budget`` holds how many layers the plan may still have, over all stages."""
     if not isinstance(stage, list) or not stage:
-        raise PlanError(f"{where}: {stage!r:.60}; valid: a list of at least one layer")
+        raise PlanError(f"{where}: {shown(stage)}; valid: a list of at least one layer")
     layers: list[LayerPlan] = []
     for index, entry in enumerate(stage):
         place = f"{where}[{index}]"
         run = check_keys(entry, place, required=("kind",), optional=("count", *_STRATEGY_FIELDS))
         count = run.get("count", 1)
         if type(count) is not int or not 1 <= count <= budget[0]:
-            raise PlanError(f"{place}.count: {count!r}; valid: an integer from 1 to {max(1, budget[0])}")
+            raise PlanError(f"{place}.count: {shown(count)}; valid: an integer from 1 to {max(1, budget[0])}")
         budget[0] -= count
         kind = _member(LayerKind, run["kind"], f"{place}.kind")
         layers += [LayerPlan(kind=kind, strategy=_strategy_from_dict(run, place))] * count
@@ -187,7 +187,7 @@ def _fingerprints_from_dict(document: object, where: str) -> Fingerprints:
     mapping = check_keys(document, where, optional=_FINGERPRINT_FIELDS)
     for name, value in mapping.items():
         if not isinstance(value, str):
-            raise PlanError(f"{where}.{name}: {value!r}; valid: text in quotes, empty where unknown")
+            raise PlanError(f"{where}.{name}: {shown(value)}; valid: text in quotes, empty where unknown")
     return Fingerprints(**mapping)
 
 
@@ -196,7 +196,7 @@ def _member(kind: type[StrEnum], value: object, where: str) -> StrEnum:
         return kind(value)
     except ValueError:
         choices = [member.value for member in kind]
-        raise PlanError(f"{where}: {value!r} is unknown; {did_you_mean(str(value), choices)}") from None
+        raise PlanError(f"{where}: {shown(value)} is unknown; {did_you_mean(value, choices)}") from None
 
 
 def _placed(error: PlanError, where: str) -> str:

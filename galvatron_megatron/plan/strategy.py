@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from galvatron_megatron.errors import PlanError
+from galvatron_megatron.plan.checks import require_count, shown
 
 
 class SequenceParallel(StrEnum):
@@ -49,16 +50,14 @@ class Strategy:
 
     def __post_init__(self) -> None:
         for name in ("tp", "cp", "dp"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise PlanError(f"strategy.{name}: {value!r} is not a degree; valid: an integer >= 1")
+            require_count(getattr(self, name), f"strategy.{name}")
         if type(self.zero) is not int or self.zero not in (0, 1, 2, 3):
-            raise PlanError(f"strategy.zero: {self.zero!r} is not a ZeRO stage; valid: 0, 1, 2, 3")
+            raise PlanError(f"strategy.zero: {shown(self.zero)} is not a ZeRO stage; valid: 0, 1, 2, 3")
         for name, kind in (("sequence_parallel", SequenceParallel), ("recompute", Recompute)):
             value = getattr(self, name)
             if not isinstance(value, kind):
                 valid = ", ".join(member.value for member in kind)
-                raise PlanError(f"strategy.{name}: {value!r} is unknown; valid: {valid}")
+                raise PlanError(f"strategy.{name}: {shown(value)} is unknown; valid: {valid}")
         if self.sequence_parallel is not SequenceParallel.NONE and self.tp == 1:
             raise PlanError(
                 f"strategy.sequence_parallel: {self.sequence_parallel.value!r} needs tp > 1; valid: none"

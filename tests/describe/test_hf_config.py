@@ -118,6 +118,18 @@ def test_files_and_directories(tmp_path: Path) -> None:
         (LLAMA2_7B | {"tie_word_embeddings": 1}, "tie_word_embeddings: 1"),
         (MIXTRAL_8X7B | {"num_experts_per_tok": 9}, "top_k: 9"),
         (GPT2 | {"resid_pdrop": "0.1"}, "resid_pdrop: '0.1'; valid: a number"),
+        (GPT2 | {"resid_pdrop": float("nan")}, "resid_pdrop: nan; valid: a number from 0 to 1"),
+        (GPT2 | {"add_cross_attention": True}, "add_cross_attention: true is not planned for; valid: false"),
+        (LLAMA2_7B | {"model_type": ["llama"]}, "model_type ['llama'] is unknown; valid: gpt2"),
+        (LLAMA2_7B | {"hidden_act": ["silu"]}, "hidden_act: ['silu'] is unknown; valid: gelu"),
+        (
+            LLAMA2_7B | {"num_hidden_layers": 10**9},
+            "num_hidden_layers: 1000000000; valid: an integer from 1 to",
+        ),
+        (
+            LLAMA2_7B | {"hidden_size": 10**400},
+            "hidden_size: an integer of 1329 bits; valid: an integer from 1",
+        ),
     ],
 )
 def test_bad_configurations_are_refused_in_one_line(config: dict, message: str) -> None:
@@ -125,6 +137,54 @@ def test_bad_configurations_are_refused_in_one_line(config: dict, message: str) 
         model_from_hf_config(config)
     assert message in str(caught.value)
     assert str(caught.value).startswith("config.json: ")
+    assert "valid: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "groups"),
+    [
+        (LLAMA2_7B | {"num_key_value_heads": None}, 32),
+        ({key: LLAMA2_7B[key] for key in LLAMA2_7B if key != "num_key_value_heads"}, 32),
+        (MIXTRAL_8X7B | {"num_key_value_heads": None}, 32),
+        ({key: MIXTRAL_8X7B[key] for key in MIXTRAL_8X7B if key != "num_key_value_heads"}, 8),
+    ],
+)
+def test_key_value_heads_that_are_not_said(config: dict, groups: int) -> None:
+    assert model_from_hf_config(config).layers[0].attention.query_groups == groups
+
+
+def test_fields_that_are_null() -> None:
+    experts = model_from_hf_config(MIXTRAL_8X7B | {"num_local_experts": None}).layers[0].experts
+    assert experts == model_from_hf_config(MIXTRAL_8X7B).layers[0].experts
+    nulls = dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings", "head_dim", "rope_scaling"))
+    assert model_from_hf_config(LLAMA2_7B | nulls) == model_from_hf_config(LLAMA2_7B)
+
+
+@pytest.mark.parametrize(
+    ("fields", "precision"),
+    [
+        ({"torch_dtype": None, "dtype": "float16"}, "fp16"),
+        ({"torch_dtype": "torch.float16"}, "fp16"),
+        ({"torch_dtype": "bfloat16"}, "bf16"),
+        ({"torch_dtype": "float32"}, "bf16"),
+        ({"torch_dtype": ["float16"]}, "bf16"),
+        ({"torch_dtype": None}, "bf16"),
+    ],
+)
+def test_precision(fields: dict, precision: str) -> None:
+    assert model_from_hf_config(LLAMA2_7B | fields).precision == precision
+
+
+def test_gpt2_takes_the_names_of_other_kinds() -> None:
+    sizes = {
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 3,
+        "max_position_embeddings": 64,
+    }
+    model = model_from_hf_config({"model_type": "gpt2", **sizes})
+    assert (model.hidden_size, model.layers[0].attention.heads, len(model.layers)) == (1024, 16, 3)
+    assert (model.seq_length, model.max_position_embeddings) == (64, 64)
 
 
 def test_learned_positions_limit_the_sequence() -> None:

@@ -288,7 +288,18 @@ def test_vocabulary_where_the_tokenizers_files_are_elsewhere() -> None:
         ("--position-embedding-type relative", "relative"),
         ("--num-experts 4 --moe-layer-freq [0,1]", "list of 2 values"),
         ("--num-experts 4 --moe-layer-freq 0", "--moe-layer-freq: 0"),
-        ("--hidden-size many", "invalid int value: 'many'"),
+        ("--hidden-size many", "--hidden-size: 'many'; valid: an integer"),
+        ("--hidden-size " + "9" * 5000, "--hidden-size: '9999"),
+        ("--num-layers 2000000000", "--num-layers: 2000000000; valid: an integer from 1 to 100000"),
+        ("--num-layers 0", "--num-layers: 0; valid"),
+        ("--make-vocab-size-divisible-by 0", "--make-vocab-size-divisible-by: 0; valid"),
+        ("--padded-vocab-size 512 --tensor-model-parallel-size 0", "--tensor-model-parallel-size: 0; valid"),
+        ("--multi-latent-attention --kv-lora-rank -1", "--kv-lora-rank: -1; valid"),
+        ("--multi-latent-attention --v-head-dim 0", "v_head_dim: 0; valid"),
+        ("--num-experts 4 --moe-shared-expert-intermediate-size -1", "shared_ffn_hidden_size: -1; valid"),
+        ("--hybrid-layer-pattern M --mamba-num-heads -1", "heads: -1; valid"),
+        ("--hidden-dropout nan", "hidden_dropout: nan; valid: a number from 0 to 1"),
+        ("--moe-layer-freq " + "[" * 9000, "valid: an integer N, or a list"),
         ("--moe-layer-freq [__import__('os')]", "--moe-layer-freq"),
         ("--group-query-attention --num-query-groups 3", "query_groups: 3"),
     ],
@@ -298,6 +309,8 @@ def test_bad_models_are_refused_in_one_line(flags: str, message: str) -> None:
         model_from_arguments(parse_command_line(words(SIZES, flags)))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "valid: " in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("dest", re.findall(r"--(?:num|hid|seq)\S+ \d+", SIZES))
@@ -361,10 +374,14 @@ def test_stages_laid_out_by_hand(flags: str, stages: tuple[int, ...] | None) -> 
         "--pipeline-model-parallel-layout Ettttm|L",
         "--pipeline-model-parallel-size 3 --pipeline-model-parallel-layout Ett|ttL",
         "--tensor-model-parallel-size 0",
+        "--pipeline-model-parallel-layout Et*99999999999L",
+        "--pipeline-model-parallel-layout E(t*99999)*99999L",
+        "--decoder-first-pipeline-num-layers 0",
+        "--rampup-batch-size 8 8 1000",
     ],
 )
 def test_flags_that_no_plan_can_keep_are_refused(flags: str) -> None:
-    with pytest.raises((PlanError, DescriptionError), match=r"valid|divide|needs") as caught:
+    with pytest.raises((PlanError, DescriptionError), match=r"; valid: ") as caught:
         plan_constraints(words(SIZES, flags))
     assert isinstance(caught.value, GalvatronError)
 

@@ -162,9 +162,14 @@ def test_the_plan_in_a_search_result(tmp_path: Path) -> None:
         ("pp: !!python/object/apply:os.system ['true']\n", "is not YAML"),
         ("schema_version: 2\nstrange: 1\n", "schema_version: 2 is not readable"),
         ("{1: 2}\n", "unknown key 1"),
+        (f"? 0x{'f' * 6000}\n: 1\n", "unknown key an integer of 24000 bits"),
+        (f"schema_version: 0x{'f' * 6000}\n", "schema_version: an integer of 24000 bits"),
+        (plan_to_yaml(PLAN).replace("pp: 2", f"pp: 0x{'f' * 6000}"), "pp: an integer of 24000 bits; valid"),
+        (plan_to_yaml(PLAN).replace("pp: 2", f"pp: {'9' * 400}"), "valid: an integer from 1 to 2147483647"),
+        (plan_to_yaml(PLAN).replace("pp: 2", "pp: [" + "a, " * 999 + "a]"), "['a', 'a', 'a', 'a', ...]; valid"),
         (
             plan_to_yaml(PLAN).split("\nstages")[0] + "\nstages: &x [*x]\n",
-            "stages[0][0]: [[...]]; valid: a mapping",
+            "stages[0][0]: [[[...]]]; valid: a mapping",
         ),
     ],
 )
@@ -176,6 +181,8 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path, text: str, message: s
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "valid: " in str(caught.value)
+    assert len(str(caught.value)) < len(str(path)) + 300
 
 
 def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ def test_equal_layouts_are_what_needs_no_resharding() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tp": 0}, "strategy.tp: 0 is not a degree"),
-        ({"dp": True}, "strategy.dp: True is not a degree"),
-        ({"cp": 2.0}, "strategy.cp: 2.0 is not a degree"),
+        ({"tp": 0}, "strategy.tp: 0; valid: an integer >= 1"),
+        ({"dp": True}, "strategy.dp: True; valid: an integer >= 1"),
+        ({"cp": 2.0}, "strategy.cp: 2.0; valid: an integer >= 1"),
         ({"zero": 4}, "strategy.zero: 4 is not a ZeRO stage; valid: 0, 1, 2, 3"),
         ({"zero": True}, "strategy.zero: True"),
         ({"recompute": "full"}, "strategy.recompute: 'full' is unknown; valid: none, selective, full"),
