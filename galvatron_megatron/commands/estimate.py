@@ -48,7 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
-    parser.add_argument("plan", nargs="?", type=Path, metavar="PLAN", help="plan file, .yaml or .json")
+    parser.add_argument(
+        "what",
+        nargs="*",
+        metavar="PLAN | -- SCRIPT ARGS",
+        help="plan file (.yaml or .json), or a Megatron command line behind --",
+    )
     parser.add_argument("--model", type=Path, help="model file, or a Hugging Face config.json")
     parser.add_argument("--cluster", type=Path, required=True, help="cluster file")
     parser.add_argument("--nodes", type=int, help="nodes, instead of what the cluster file says")
@@ -67,12 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overlap-grad-reduce", action="store_true", help="as Megatron's flag of this name")
     parser.add_argument("--overlap-param-gather", action="store_true", help="as Megatron's flag of this name")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "megatron",
-        nargs=argparse.REMAINDER,
-        metavar="-- SCRIPT ARGS",
-        help="a Megatron command line instead of a plan",
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -122,26 +121,22 @@ def _place(cluster: Cluster, plan: Plan) -> str:
 
 def _what(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Model, Plan, RunOptions, str]:
     """Model, plan, options and a name, from files or from a Megatron command line."""
-    words = [word for word in arguments.megatron if word != "--"]
-    if words and arguments.plan is not None and not str(arguments.plan).endswith(".py"):
-        raise PlanError(f"{arguments.plan}: a plan and a Megatron command line; valid: one of them")
-    if words or (arguments.plan is not None and str(arguments.plan).endswith(".py")):
-        if arguments.plan is not None:
-            words = [str(arguments.plan), *words]
+    words = arguments.what
+    if len(words) > 1 or (words and words[0].endswith(".py")):
         line = read_command_line(words)
         model = model_from_arguments(line.arguments, name=Path(words[0]).stem)
         plan = plan_from_command_line(words, model, cluster.world_size)
         return model, plan, options_from_arguments(line.arguments, line.unknown), words[0]
-    if arguments.plan is None or arguments.model is None:
+    if not words or arguments.model is None:
         raise DescriptionError(
             "nothing to estimate; valid: PLAN --model MODEL, or -- followed by a Megatron command line"
         )
     model = read_model(arguments.model, seq_length=arguments.seq_length)
-    plan = _checked(read_plan(arguments.plan), model, cluster, str(arguments.plan))
+    plan = _checked(read_plan(words[0]), model, cluster, words[0])
     options = RunOptions(
         overlap_gradients=arguments.overlap_grad_reduce, overlap_parameters=arguments.overlap_param_gather
     )
-    return model, plan, options, str(arguments.plan)
+    return model, plan, options, words[0]
 
 
 def _checked(plan: Plan, model: Model, cluster: Cluster, where: str) -> Plan:

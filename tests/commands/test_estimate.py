@@ -1,0 +1,123 @@
+"""``galvatron estimate``."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from galvatron_megatron.cli import main
+from galvatron_megatron.cost.records.values import uniform_plan
+from galvatron_megatron.describe.model_file import read_model
+from galvatron_megatron.plan.serialization import write_plan
+from galvatron_megatron.plan.strategy import SequenceParallel, Strategy
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MODEL = CONFIGS / "models" / "llama2-7b.yaml"
+CLUSTER = CONFIGS / "clusters" / "a100-80g.yaml"
+FILES = ["--model", str(MODEL), "--cluster", str(CLUSTER), "--nodes", "2"]
+LINE = (
+    "pretrain_gpt.py --num-layers 32 --hidden-size 4096 --num-attention-heads 32 --seq-length 4096 "
+    "--max-position-embeddings 4096 --micro-batch-size 1 --global-batch-size 64 --bf16 --swiglu "
+    "--ffn-hidden-size 11008 --untie-embeddings-and-output-weights --normalization RMSNorm "
+    "--position-embedding-type rope --disable-bias-linear --vocab-size 32000 "
+    "--attention-dropout 0 --hidden-dropout 0 --use-distributed-optimizer"
+)
+
+
+def written_plan(path: Path, *, tp: int = 2, pp: int = 2) -> Path:
+    model = read_model(MODEL)
+    strategy = Strategy(
+        tp=tp,
+        dp=16 // tp // pp,
+        zero=1,
+        sequence_parallel=SequenceParallel.MEGATRON if tp > 1 else SequenceParallel.NONE,
+    )
+    plan = uniform_plan(model, strategy, pp=pp, micro_batch_size=1, micro_batches=64 // strategy.dp)
+    write_plan(plan, path)
+    return path
+
+
+def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", str(written_plan(tmp_path / "p.yaml")), *FILES, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    # 64 samples of 4,096 tokens of a 7B model on 16 A100: between 30 % and 70 % of the peak.
+    assert 0.3 < document["model_flops_utilization"] < 0.7
+    assert len(document["memory_gb"]) == 2
+    assert 5 < document["memory_gb"][0] < 79
+    assert document["fits"] and document["calibrated"]
+    low, high = document["step_seconds_band"]
+    assert low < document["step_seconds"] < high
+    assert document["simulated_step_seconds"] == pytest.approx(document["step_seconds"], rel=0.05)
+    for stage in document["stages"]:
+        assert sum(term["value"] for term in stage["memory_terms"]) == pytest.approx(stage["peak_bytes"])
+        assert {term["source"] for term in stage["micro_batch_terms"]} == {"modelled"}
+
+
+def test_command_line_equals_its_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = written_plan(tmp_path / "p.yaml", tp=1, pp=2)
+    flags = f"{LINE} --pipeline-model-parallel-size 2".split()
+    assert main(["estimate", "--cluster", str(CLUSTER), "--nodes", "2", "--json", "--", *flags]) == 0
+    by_line = json.loads(capsys.readouterr().out)
+    assert main(["estimate", str(plan), *FILES, "--json"]) == 0
+    assert by_line == json.loads(capsys.readouterr().out)
+
+
+def test_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = written_plan(tmp_path / "p.yaml")
+    assert main(["estimate", str(plan), *FILES, "--memory-gb", "4"]) == 0
+    text = capsys.readouterr().out
+    for words in ("step time", "calibrated on 20 runs", "DOES NOT FIT", "forward GEMM", "optimizer states"):
+        assert words in text
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = written_plan(tmp_path / "a.yaml"), written_plan(tmp_path / "b.yaml", tp=8, pp=1)
+    assert main(["estimate", str(first), *FILES, "--compare", str(second), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    for side, total in enumerate(document["step_seconds"]):
+        assert sum(row["values"][side] for row in document["time"]) == pytest.approx(total)
+    for side, total in enumerate(document["peak_bytes"]):
+        assert sum(row["values"][side] for row in document["memory"]) == pytest.approx(total)
+    gaps = [abs(row["values"][1] - row["values"][0]) for row in document["time"]]
+    assert gaps == sorted(gaps, reverse=True)
+    assert main(["estimate", str(first), *FILES, "--compare", str(second)]) == 0
+    assert "difference" in capsys.readouterr().out
+
+
+def test_trace(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    assert main(["estimate", str(written_plan(tmp_path / "p.yaml")), *FILES, "--trace", str(path)]) == 0
+    events = [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
+    assert len(events) == 2 * 2 * 16
+    assert {event["cat"] for event in events} == {"forward", "backward"}
+
+
+def test_overlap_flags_reach_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = str(written_plan(tmp_path / "p.yaml", tp=1, pp=1))
+    times = []
+    for flags in ([], ["--overlap-grad-reduce", "--overlap-param-gather"]):
+        assert main(["estimate", plan, *FILES, *flags, "--json"]) == 0
+        times.append(json.loads(capsys.readouterr().out)["sync_seconds"])
+    assert times[1] < times[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--cluster", str(CLUSTER)], "nothing to estimate"),
+        (["none.yaml", *FILES], "none.yaml"),
+        (["PLAN", "--model", str(MODEL), "--cluster", str(CLUSTER)], "--nodes 2"),
+        (["PLAN", "--model", str(CONFIGS / "models" / "llama2-13b.yaml"), *FILES[2:]], "layers"),
+        (["--cluster", str(CLUSTER), "--", *f"{LINE} --tensor-model-parallel-size 3".split()], "tp 3"),
+        (["PLAN", *FILES, "--trace", "/none/trace.json"], "cannot be written"),
+    ],
+)
+def test_bad_requests(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = str(written_plan(tmp_path / "p.yaml"))
+    assert main(["estimate", *(plan if word == "PLAN" else word for word in arguments)]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
