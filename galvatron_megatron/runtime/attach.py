@@ -1,14 +1,15 @@
 """Attaches a plan to Megatron's training loop.
 
 Megatron has public seams for most of what a plan needs: ``ModuleSpec`` for the layers, process-group
-collections for their groups, subclasses of its DDP and its chained optimizer. Five names have none, because
+collections for their groups, subclasses of its DDP and its chained optimizer. Six names have none, because
 Megatron builds these objects from its own imports; they are replaced here and nowhere else, while a plan is
 attached (megatron-core 0.19; ``tests/runtime/test_attach.py`` notices when one of them moves):
 
 * ``GPTModel.__init__`` and ``HybridModel.__init__``: hand the layer specs over in wrapped form;
 * ``DistributedDataParallel`` as ``megatron.training`` imports it (two modules);
 * ``get_megatron_optimizer`` as ``megatron.training.training`` imports it;
-* ``load_checkpoint`` likewise: it puts the random states of one rank onto others.
+* ``load_checkpoint`` likewise: it puts the random states of one rank onto others;
+* ``_build_sharded_state_dict_metadata`` of ``megatron.training.checkpointing``: describes what is saved.
 """
 
 import copy
@@ -25,14 +26,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
 from megatron.core.utils import get_pg_rank
-from megatron.training import training
+from megatron.training import checkpointing, training
 from megatron.training.models import dist_utils
 
 from galvatron_megatron.errors import UnsupportedPlanError
 from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.serialization import plan_to_dict
-from galvatron_megatron.runtime.checkpoint import ReshardableOptimizer, reshardable_model_config
+from galvatron_megatron.runtime.checkpoint import CONTENT, ReshardableOptimizer
 from galvatron_megatron.runtime.context import RuntimeContext
 from galvatron_megatron.runtime.data_parallel import PlannedDataParallel
 from galvatron_megatron.runtime.layers import planned_spec
@@ -48,6 +49,7 @@ HOOKED: tuple[tuple[Any, str], ...] = (
     (training, "DDP"),
     (training, "get_megatron_optimizer"),
     (training, "load_checkpoint"),
+    (checkpointing, "_build_sharded_state_dict_metadata"),
 )
 """Every attribute of Megatron that is replaced while a plan is attached."""
 
@@ -69,14 +71,14 @@ class Attachment:
         self._context: RuntimeContext | None = None
         self._originals = [(owner, name, getattr(owner, name)) for owner, name in HOOKED]
         if runs_on_stock_megatron(plan):
-            replacements = (
-                _name_layers(GPTModel.__init__),
-                HybridModel.__init__,
-                dist_utils.DistributedDataParallel,
-                training.DDP,
-                self._adopt_optimizer(training.get_megatron_optimizer),
-                training.load_checkpoint,
-            )
+            replacements: tuple[Any, ...] = tuple(original for _, _, original in self._originals)
+            if _can_reshard(args):
+                replacements = (
+                    *replacements[:4],
+                    _adopt_optimizer(training.get_megatron_optimizer),
+                    replacements[5],
+                    _describe_content(checkpointing._build_sharded_state_dict_metadata),
+                )
         else:
             replacements = (
                 self._hook_gpt(GPTModel.__init__),
@@ -85,6 +87,7 @@ class Attachment:
                 self._data_parallel_class(),
                 self._build_optimizer,
                 self._hook_load(training.load_checkpoint),
+                _describe_content(checkpointing._build_sharded_state_dict_metadata),
             )
         for (owner, name), replacement in zip(HOOKED, replacements, strict=True):
             setattr(owner, name, replacement)
@@ -123,8 +126,7 @@ class Attachment:
                 ],
                 layer_norm=allow_sequence_parallel(specs.layer_norm),
             )
-            own = reshardable_model_config(_without_named_reductions(config))
-            original(model, own, planned, *args, **kwargs)
+            original(model, _without_named_reductions(config), planned, *args, **kwargs)
 
         return build
 
@@ -172,20 +174,12 @@ class Attachment:
 
         return load
 
-    def _adopt_optimizer(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(original)
-        def build(config: Any, *args: Any, **kwargs: Any) -> Any:
-            optimizer = original(config, *args, **kwargs)
-            return ReshardableOptimizer.adopt(optimizer) if _can_reshard(self._args) else optimizer
-
-        return build
-
 
 def install(plan: Plan, args: Any) -> None:
     """Makes Megatron run a plan; called on every rank before Megatron builds the model.
 
-    A plan that Megatron's arguments reproduce is run by Megatron's own code; only its checkpoints take the
-    form that every plan can load.
+    A plan that Megatron's arguments reproduce is run by Megatron's own code; only the checkpoints it saves take
+    the form that every plan can load. It still loads what Megatron saved without a plan.
 
     Args:
         plan: the plan.
@@ -215,12 +209,22 @@ def uninstall() -> None:
         _attached = None
 
 
-def _name_layers(original: Callable[..., None]) -> Callable[..., None]:
-    """Saves each layer under its own name."""
+def _adopt_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's optimizer, with states that every plan can load."""
 
     @wraps(original)
-    def build(model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        original(model, reshardable_model_config(config), *args, **kwargs)
+    def build(*args: Any, **kwargs: Any) -> Any:
+        return ReshardableOptimizer.adopt(original(*args, **kwargs))
+
+    return build
+
+
+def _describe_content(original: Callable[..., dict]) -> Callable[..., dict]:
+    """Marks checkpoints as ones that every plan can load."""
+
+    @wraps(original)
+    def build(*args: Any, **kwargs: Any) -> dict:
+        return {**original(*args, **kwargs), **CONTENT}
 
     return build
 

@@ -3,9 +3,8 @@
 Megatron saves states by optimizer object and by internal number, both of which depend on how the job was
 parallel. Here every state tensor is saved under the name of its parameter in the model's checkpoint
 (``optimizer.state.exp_avg.<name>``, ``optimizer.state.exp_avg_sq.<name>``, ``optimizer.state.param.<name>``
-for the fp32 main weight), as a piece of the whole tensor; what is not a tensor is saved once. That is also
-where Megatron's ``--dist-ckpt-optim-fully-reshardable`` puts the states of its distributed optimizer, so that
-checkpoints of that format load as well.
+for the fp32 main weight), as a piece of the whole tensor; what is not a tensor is saved once. A job
+whose plan leaves the work to Megatron also loads what Megatron saved without a plan, and saves in this form.
 """
 
 import copy
@@ -26,8 +25,18 @@ from megatron.core.optimizer.optimizer import (
 
 from galvatron_megatron.errors import PlanError
 
-SHARDING_TYPE = "fully_reshardable"
-"""What the checkpoint's metadata says about the format; Megatron's name for it."""
+MARK = "galvatron_optimizer_states"
+CONTENT = {
+    "non_homogeneous_layers": True,
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    MARK: True,
+}
+"""What the metadata of a checkpoint says, by which Megatron and this module know how to read it again.
+
+Megatron stacks equal layers into one tensor with one grid of pieces, into which layers with different
+tensor-parallel degrees do not fit: ``non_homogeneous_layers`` gives each layer its own name.
+"""
 
 _STATES = ("exp_avg", "exp_avg_sq")
 _Sharded = ShardedTensor | ShardedTensorFactory
@@ -55,10 +64,14 @@ class ReshardableOptimizer(ChainedOptimizer):
         Args:
             model_sharded_state_dict: of the model chunks, with the parameters themselves in it.
             is_loading: only the form is wanted, to be filled from a checkpoint.
-            metadata: Megatron's description of the checkpoint's content; is told the format.
+            metadata: Megatron's description of the checkpoint's content.
+
+        Raises:
+            PlanError: the checkpoint to load has states in another form, which this plan cannot read.
         """
-        if metadata is not None:
-            metadata["distrib_optim_sharding_type"] = SHARDING_TYPE
+        metadata = metadata or {}
+        if is_loading and not metadata.get(MARK):
+            return self._form_of_megatron(model_sharded_state_dict, metadata)
         entries = _by_tensor(model_sharded_state_dict)
         states = {}
         for index, optimizer in enumerate(self.chained_optimizers):
@@ -74,16 +87,20 @@ class ReshardableOptimizer(ChainedOptimizer):
             states[f"optimizer{index}"] = {str(number): tensors for number, tensors in state.items()}
         return {"settings": _settings(self), "state": states}
 
+    def _form_of_megatron(self, model_sharded_state_dict: Any, metadata: dict) -> dict[str, Any]:
+        """The form in which to load what Megatron saved without a plan: Megatron's own."""
+        return super().sharded_state_dict(model_sharded_state_dict, True, metadata=metadata)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over states and settings from a checkpoint.
 
         Args:
             state_dict: what ``sharded_state_dict`` returned, filled.
-
-        Raises:
-            PlanError: the checkpoint has optimizer states in another form.
         """
-        settings = state_dict.get("settings") or _settings_of_megatron(state_dict)
+        settings = state_dict.get("settings") if isinstance(state_dict, dict) else None
+        if settings is None:
+            super().load_state_dict(state_dict)
+            return
         for index, optimizer in enumerate(self.chained_optimizers):
             if optimizer.is_stub_optimizer:
                 continue
@@ -187,21 +204,6 @@ def _settings(chain: ChainedOptimizer) -> dict[str, Any]:
     return settings
 
 
-def _settings_of_megatron(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The settings in a checkpoint of Megatron's distributed optimizer in the fully reshardable format."""
-    groups = state_dict.get("optimizer", {}).get("param_groups")
-    if not groups:
-        raise PlanError(
-            "checkpoint: its optimizer states are in a form that depends on how the job was parallel; valid: "
-            "one saved with a galvatron plan or with --use-distributed-optimizer "
-            "--dist-ckpt-optim-fully-reshardable, or --no-load-optim"
-        )
-    settings = {"step": max(int(group.get("step") or 0) for group in groups), "param_groups": groups}
-    if "grad_scaler" in state_dict:
-        settings["grad_scaler"] = state_dict["grad_scaler"]
-    return settings
-
-
 def _take_settings(optimizer: MegatronOptimizer, settings: dict[str, Any]) -> None:
     saved = {_identity(group): group for group in settings["param_groups"]}
     inner = optimizer.optimizer
@@ -219,17 +221,3 @@ def _take_settings(optimizer: MegatronOptimizer, settings: dict[str, Any]) -> No
     scaler = getattr(optimizer, "grad_scaler", None)
     if scaler is not None and "grad_scaler" in settings:
         scaler.load_state_dict(settings["grad_scaler"])
-
-
-def reshardable_model_config(config: Any) -> Any:
-    """Megatron's model config with each layer under its own name in checkpoints.
-
-    Megatron stacks equal layers into one tensor, which has one grid of pieces; layers with different
-    tensor-parallel degrees do not fit into one.
-
-    Args:
-        config: Megatron's transformer config; left alone.
-    """
-    own = copy.copy(config)
-    own.hetereogenous_dist_checkpoint = True  # sic: Megatron's spelling
-    return own

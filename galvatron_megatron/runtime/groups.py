@@ -105,8 +105,17 @@ class GroupRegistry:
         for ranks in sets:
             if ranks in self._groups:
                 continue
-            group = dist.new_group(list(ranks), timeout=self._timeout, group_desc="GALVATRON")
-            self._groups[ranks] = group if self._rank in ranks else None
+            member = self._rank in ranks
+            alone = len(ranks) == 1
+            self._groups[ranks] = None
+            if member or not alone:  # a rank alone need not make the whole world wait
+                group = dist.new_group(
+                    list(ranks),
+                    timeout=self._timeout,
+                    group_desc="GALVATRON",
+                    use_local_synchronization=alone,
+                )
+                self._groups[ranks] = group if member else None
             self.created.append(ranks)
 
     def get(self, ranks: RankSet) -> dist.ProcessGroup:

@@ -9,6 +9,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from galvatron_megatron.errors import UnsupportedPlanError
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
 from galvatron_megatron.runtime.context import LayerContext, RuntimeContext, StateClass
 from galvatron_megatron.runtime.norms import allow_sequence_parallel
@@ -187,7 +188,15 @@ class PlannedLayer:
             prefix: of the keys.
             sharded_offsets: of the layer among all layers.
             metadata: Megatron's checkpoint metadata.
+
+        Raises:
+            UnsupportedPlanError: the checkpoint stacks all layers into one tensor.
         """
+        if sharded_offsets:
+            raise UnsupportedPlanError(
+                "checkpoint: its layers are stacked into single tensors, which layers that differ cannot load; "
+                "valid: resume once with a plan in which all layers run alike (what that saves loads under any)"
+            )
         metadata = {**(metadata or {}), "dp_cp_group": self._planned.groups.dp_cp}
         return super().sharded_state_dict(prefix, sharded_offsets, metadata)
 

@@ -7,6 +7,9 @@ from the same weights, which depend on nothing but the name of the parameter in 
 import functools
 import hashlib
 import inspect
+import os
+import queue
+import signal
 import sys
 
 import numpy as np
@@ -17,6 +20,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     apply_factories,
 )
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.enums import ModelType
 from megatron.core.utils import unwrap_model
 from megatron.training import pretrain, training
@@ -191,6 +195,20 @@ def forward_step(data_iterator, model):
     return output, loss
 
 
+def dying(when: dict):
+    """A forward step during which one rank is killed, in the middle of a training step."""
+    calls = 0
+
+    def step(data_iterator, model):
+        nonlocal calls
+        calls += 1
+        if dist.get_rank() == when["rank"] and calls > when["calls"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return forward_step(data_iterator, model)
+
+    return step
+
+
 def full_value(key: str, shape: tuple[int, ...]) -> torch.Tensor:
     """The weight of that name in every case, whatever the vocabulary is padded to."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4])
@@ -257,6 +275,8 @@ def run_case(case: dict) -> dict:
     world_size = dist.get_world_size()
     plan = plan_of(case, world_size)
     seen = {"losses": [], "norms": [], "zeros": [], "skipped": []}
+    # Without asynchronous saving only this process uses the queue; Megatron would start a process to serve it.
+    filesystem_async._results_queue = queue.Queue()
     sys.argv = ["job", *arguments(case, plan)]
     args = parse_args()
     cpu_device.configure(args)
@@ -286,13 +306,14 @@ def run_case(case: dict) -> dict:
 
     training.train_step, training.setup_model_and_optimizer = step, setup
     try:
-        attach.install(plan, args)
+        if not case.get("detached"):
+            attach.install(plan, args)
         config = hybrid_config_from_args(args) if case.get("pattern") else gpt_config_from_args(args)
         pretrain(
             pretrain_cfg_container_from_args(args, config),
             datasets,
             ModelType.encoder_or_decoder,
-            forward_step,
+            dying(case["dies"]) if "dies" in case else forward_step,
         )
         attachment = attach.attached()
         seen["planned"] = not runs_on_stock_megatron(plan)

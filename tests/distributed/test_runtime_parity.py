@@ -19,7 +19,8 @@ def test_the_reference_learns(ranks):
     for model, seen in references(ranks).items():
         assert min(seen["losses"]) < 0.95 * seen["losses"][0] or model == "fp16", model
         assert not seen["planned"]
-        assert max(seen["norms"][-3:]) > 1.0, "clipping at 1.0 must be active"
+        if model != "fp16":
+            assert min(seen["norms"]) > 1.0, "clipping at 1.0 must be active"
 
 
 def test_the_plans_change_between_all_pairs_of_layouts():
@@ -29,8 +30,6 @@ def test_the_plans_change_between_all_pairs_of_layouts():
 @pytest.mark.parametrize("made", [*pair_cases(), *FEATURES], ids=lambda made: made["name"])
 def test_same_training(ranks, made):
     expected = references(ranks)[made["model"]]
-    if made["name"] in ("unclipped", "token-loss"):
-        expected = ranks(1).run(train, {**made, "stages": [["tp1"] * 4], "base": "tp1"})[0]
     seen = ranks(4).run(train, made)[0]
     assert seen["planned"]
     assert_same_training(seen, expected)

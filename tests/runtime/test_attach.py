@@ -18,7 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MixedPrecisionOptimizer
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.training import training
+from megatron.training import checkpointing, training
 from megatron.training.models import dist_utils
 
 from galvatron_megatron.runtime import attach
@@ -42,6 +42,7 @@ def test_hooked_names_exist_and_are_used_where_they_are_replaced():
     assert "DistributedDataParallel" in names_used(dist_utils._ddp_wrap)
     assert "DDP" in names_used(training.get_model)
     assert {"get_megatron_optimizer", "load_checkpoint"} <= names_used(training.setup_model_and_optimizer)
+    assert "_build_sharded_state_dict_metadata" in names_used(checkpointing.save_checkpoint)
 
 
 def test_models_take_their_layer_specs_second():
