@@ -8,6 +8,8 @@ from pathlib import Path
 from galvatron_megatron.describe.model import Model
 from galvatron_megatron.describe.model_file import read_model
 from galvatron_megatron.describe.plan_check import check_plan
+from galvatron_megatron.describe.shipped import find_description
+from galvatron_megatron.errors import DescriptionError, PlanError
 from galvatron_megatron.plan.document import write_document
 from galvatron_megatron.plan.megatron_arguments import command_line, runs_on_stock_megatron, shell_line
 from galvatron_megatron.plan.plan import Plan
@@ -58,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
-    parser.add_argument("plan", type=Path, metavar="PLAN", help="plan file, .yaml or .json")
+    parser.add_argument(
+        "plan", type=Path, metavar="PLAN", help="plan file, .yaml or .json, or the name of a shipped one"
+    )
     parser.add_argument(
         "--format",
         choices=sorted(FORMATS),
@@ -83,12 +87,17 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         GalvatronError: a file that cannot be read or written, or a plan that does not fit the model.
     """
-    plan = read_plan(arguments.plan)
+    if arguments.seq_length is not None and arguments.model is None:
+        raise DescriptionError("--seq-length: without a model to check; valid: --model FILE beside it")
+    if arguments.format == "yaml" and arguments.output is not None and arguments.output.suffix == ".json":
+        raise PlanError(f"--output {arguments.output}: would hold YAML; valid: a name that ends with .yaml")
+    path = find_description("plans", arguments.plan)
+    plan = read_plan(path)
     model = None
     if arguments.model is not None:
         model = read_model(arguments.model, seq_length=arguments.seq_length)
-        check_plan(plan, model=model, where=str(arguments.plan))
-    text = FORMATS[arguments.format](plan, arguments.plan, model)
+        check_plan(plan, model=model, where=str(path))
+    text = FORMATS[arguments.format](plan, path, model)
     if arguments.output is None:
         sys.stdout.write(text)
     else:

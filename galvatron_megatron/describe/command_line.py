@@ -50,7 +50,10 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
 def parse_command_line(argv: Sequence[str]) -> dict[str, object]:
     """The arguments of a command line, as ``vars()`` of Megatron's own parsed arguments would have them.
 
-    Flags outside the table are left out; ``read_command_line`` returns them.
+    Flags outside the table are left out; ``read_command_line`` returns them. Argument and errors are the same.
+
+    Raises:
+        DescriptionError: a known flag with a bad value.
     """
     return read_command_line(argv).arguments
 

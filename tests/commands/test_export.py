@@ -80,6 +80,28 @@ def test_bad_files_and_arguments(plan_file: Path, tmp_path: Path, capsys: pytest
     assert caught.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seq-length", "4096"], "--seq-length: without a model"),
+        (["--format", "yaml", "--output", "copy.json"], "--output copy.json: would hold YAML"),
+    ],
+)
+def test_what_would_do_nothing_or_harm_is_refused(
+    plan_file: Path, words: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["export", str(plan_file), *words]) == 2
+    assert capsys.readouterr().err.startswith(f"galvatron export: {message}")
+
+
+def test_shipped_plans_by_name(capsys: pytest.CaptureFixture) -> None:
+    name = "llama2-7b-16-ranks"
+    assert main(["export", name, "--model", "llama2-7b"]) == 0
+    assert "--tensor-model-parallel-size" in capsys.readouterr().out
+    assert main(["export", name + "s"]) == 2
+    assert f"did you mean '{name}'?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/plans").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_plans_fit_the_model_they_are_named_after(path: Path, capsys: pytest.CaptureFixture) -> None:
     model = next(
