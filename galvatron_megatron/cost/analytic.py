@@ -15,7 +15,7 @@ from galvatron_megatron.cost.counts import embedding_counts, head_counts, layer_
 from galvatron_megatron.cost.counts_values import LayerCounts
 from galvatron_megatron.cost.memory import optimizer_traffic_bytes, parameter_bytes, state_bytes
 from galvatron_megatron.cost.options import RunOptions
-from galvatron_megatron.cost.overlap import exposed_seconds, overlapped_seconds
+from galvatron_megatron.cost.overlap import exposed_seconds
 from galvatron_megatron.cost.protocol import LayerCost, Setting
 from galvatron_megatron.cost.resharding import reshard_transfer
 from galvatron_megatron.cost.terms import PricedLayer, Term
@@ -237,13 +237,8 @@ class AnalyticCostModel:
                 exchanged, hidden = 0.0, hidden + exchanged
             communication = exchanged + exposed_seconds(hidden, work.gemm, constants.overlap_slowdown)
             waiting = max(0.0, issued - busy - communication)
-            sharded = 0.0
-            if strategy.zero == 3:
-                sharded += gather
-            if strategy.zero >= 2 and name == "backward" and (micro_batches > 1 or strategy.zero == 3):
-                sharded += reduce
             total = busy + communication + waiting
-            sharded = overlapped_seconds(total, sharded, constants.overlap_slowdown) - total
+            sharded = self._sharded_seconds(name, strategy, micro_batches, total, gather, reduce)
             terms += [
                 Term(name=f"{name} GEMM", value=work.gemm),
                 Term(name=f"{name} attention", value=work.attention),
@@ -292,6 +287,22 @@ class AnalyticCostModel:
             activation_terms=kept,
             slack_bytes=slack,
         )
+
+    def _sharded_seconds(
+        self, phase: str, strategy: Strategy, micro_batches: int, total: float, gather: float, reduce: float
+    ) -> float:
+        """What ZeRO stages 2 and 3 add to a phase of every micro-batch.
+
+        Stage 3 gathers weights in both phases and reduces gradients in the backward pass; stage 2 reduces after
+        every micro-batch, because a rank keeps its own shard alone. Overlapped where the job overlaps them.
+        """
+        slowdown = self.cluster.constants.overlap_slowdown
+        exposed = 0.0
+        if strategy.zero == 3:
+            exposed += exposed_seconds(gather, total, slowdown) if self.options.overlap_parameters else gather
+        if strategy.zero >= 2 and phase == "backward" and (micro_batches > 1 or strategy.zero == 3):
+            exposed += exposed_seconds(reduce, total, slowdown) if self.options.overlap_gradients else reduce
+        return exposed
 
     def _exchanges(
         self, counts: LayerCounts, strategy: Strategy, phases: tuple[str, ...]
