@@ -69,9 +69,20 @@ def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = original(parser)
         add_options(parser)
+        _repair_help(parser)
         return parser
 
     return add_megatron_arguments
+
+
+def _repair_help(parser: argparse.ArgumentParser) -> None:
+    """Makes ``--help`` work: Megatron 0.19 has help texts with a bare percent sign, on which argparse fails."""
+    for action in parser._actions:
+        try:
+            if action.help and action.help is not argparse.SUPPRESS:
+                _ = action.help % (vars(action) | {"prog": parser.prog})
+        except (ValueError, TypeError, KeyError):
+            action.help = action.help.replace("%", "%%")
 
 
 def _with_device(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -103,7 +103,7 @@ class Channel:
         self._wait_for_others(f"{key}/heard")
 
     def leave(self) -> None:
-        """Ends the use of the channel in order: rank 0, which may serve the store, stays until all have left."""
+        """Ends the use of the channel: rank 0, which may serve the store, stays until all have left."""
         if self.rank == 0:
             self._wait_for_others("left")
         else:

@@ -71,8 +71,9 @@ def test_a_kept_plan_is_used_again_and_damage_costs_nothing_but_time(planned):
     assert "damaged" in job.text and "plan (searched)" in job.text
     aside = [path.read_text() for path in directory.iterdir() if "damaged" in path.name]
     assert sorted(aside) == sorted(text[: len(text) // 2] for text in before.values())
-    decision = json.loads(plan_file.read_text())["decision"]
-    assert decision["plan"]["stages"] and decision["plan"]["fingerprints"] == plan["fingerprints"]
+    new = json.loads(plan_file.read_text())["decision"]["plan"]
+    # What was measured anew differs, and may lead to another plan for the same model.
+    assert new["fingerprints"]["model"] == plan["fingerprints"]["model"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+import argparse
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from galvatron_megatron.errors import GalvatronError
+from galvatron_megatron.integration.options import Options, add_options, check_flag_names
+
+
+def read(*words: str) -> Options:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_options(parser)
+    return Options.from_arguments(parser.parse_args(words))
+
+
+def test_without_flags_nothing_is_planned():
+    assert read() == Options()
+    assert not Options().plans
+
+
+def test_flags_are_read(tmp_path):
+    report = tmp_path / "r.json"
+    options = read(
+        *("--galvatron-auto", "--galvatron-memory-gb", "7.5", "--galvatron-device", "cpu"),
+        *("--galvatron-profile-dir", "/p", "--galvatron-report", str(report), "--galvatron-uniform"),
+    )
+    assert options == Options(
+        auto=True,
+        memory_gb=7.5,
+        device="cpu",
+        profile_directory=Path("/p"),
+        report=report,
+        uniform=True,
+    )
+    assert options.plans
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--galvatron-auto", "--galvatron-device", "gpu"], r"--galvatron-device: 'gpu'.*valid: cpu, cuda"),
+        (["--galvatron-auto", "--galvatron-memory-gb", "much"], r"--galvatron-memory-gb: 'much'.*> 0"),
+        (["--galvatron-auto", "--galvatron-memory-gb=-1"], r"--galvatron-memory-gb: '-1'"),
+        (["--galvatron-auto", "--galvatron-memory-gb", "nan"], r"--galvatron-memory-gb: 'nan'"),
+        (["--galvatron-auto", "--galvatron-plan", "x"], r"--galvatron-plan and --galvatron-auto: both"),
+        (["--galvatron-plan-only"], r"--galvatron-plan-only: nothing is planned; valid: with --galvatron-auto"),
+        (["--galvatron-profile-dir", "/p"], r"--galvatron-profile-dir: nothing is planned"),
+        (["--galvatron-auto", "--galvatron-report", "/no/where/r.json"], r"directory /no/where does not exist"),
+    ],
+)
+def test_bad_values_are_named_in_one_line(words, message):
+    with pytest.raises(GalvatronError, match=message) as caught:
+        read(*words)
+    assert "\n" not in str(caught.value)
+
+
+@given(st.floats(min_value=1e-3, max_value=1e6))
+def test_any_positive_memory_is_taken(value):
+    assert read("--galvatron-auto", "--galvatron-memory-gb", repr(value)).memory_gb == value
+
+
+def test_a_misspelt_flag_is_named_with_the_nearest_one():
+    check_flag_names(["--num-layers", "4", "--galvatron-auto", "--galvatron-plan=x", "--galvatronic"])
+    with pytest.raises(
+        GalvatronError, match=r"--galvatron-atuo: unknown flag; did you mean '--galvatron-auto'"
+    ):
+        check_flag_names(["--galvatron-atuo"])
