@@ -5,6 +5,8 @@ Activation bytes follow arXiv 2205.05198 where dropout is on, and the kernels th
 what Megatron's local layers keep, tensor by tensor as autograd saves them.
 """
 
+from dataclasses import replace
+
 from galvatron_megatron.cost.counts_attention import attention
 from galvatron_megatron.cost.counts_builder import Builder, Shapes
 from galvatron_megatron.cost.counts_ends import embedding, head
@@ -14,7 +16,7 @@ from galvatron_megatron.cost.counts_values import Collective, LayerCounts, Opera
 from galvatron_megatron.describe.model import Layer, Model
 from galvatron_megatron.errors import DescriptionError
 from galvatron_megatron.plan.layer_kind import LayerKind
-from galvatron_megatron.plan.strategy import Strategy
+from galvatron_megatron.plan.strategy import Recompute, Strategy
 
 __all__ = ["Collective", "LayerCounts", "Operator", "embedding_counts", "head_counts", "layer_counts"]
 
@@ -53,8 +55,9 @@ def layer_counts(
 def embedding_counts(
     model: Model, base: Strategy, samples: int, implementation: str = "transformer_engine"
 ) -> LayerCounts:
-    """Counts the embedding in the base layout; arguments as in :func:`layer_counts`."""
-    builder = Builder(Shapes(model=model, strategy=base, samples=samples, implementation=implementation))
+    """Counts the embedding in the base layout, never recomputed; arguments as in :func:`layer_counts`."""
+    plain = replace(base, recompute=Recompute.NONE)
+    builder = Builder(Shapes(model=model, strategy=plain, samples=samples, implementation=implementation))
     embedding(builder)
     return builder.counts(input_name="embedding input")
 
@@ -67,6 +70,7 @@ def head_counts(
     The output layer's weight is counted here even where it is tied to the word embedding: on one rank with
     the embedding it is then the same memory.
     """
-    builder = Builder(Shapes(model=model, strategy=base, samples=samples, implementation=implementation))
+    plain = replace(base, recompute=Recompute.NONE)
+    builder = Builder(Shapes(model=model, strategy=plain, samples=samples, implementation=implementation))
     head(builder)
     return builder.counts(input_name="head input")

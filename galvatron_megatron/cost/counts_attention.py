@@ -52,6 +52,9 @@ def attention(b: Builder, part: Attention) -> None:
     if model.position_embedding == "rope":
         b.memory("rotary embedding", 2 * tokens * (query + key) * size, 2 * tokens * (query + key) * size)
         keep_rotary(b, part.head_dim)
+    b.peak(tokens * (2 * (query + 2 * key) + hidden) * size)
+    if not shapes.fused:
+        b.peak((query + 2 * key) * hidden * size)
     _keep_query_key_value(b, part, heads, groups)
     core_attention(
         b, heads=part.heads, groups=part.query_groups, head_dim=part.head_dim, v_head_dim=part.head_dim

@@ -5,7 +5,10 @@ from galvatron_megatron.cost.counts_builder import Builder
 
 
 def embedding(b: Builder) -> None:
-    """Vocabulary-parallel word embedding and learned positions."""
+    """Vocabulary-parallel word embedding and learned positions.
+
+    The weight's dense gradient is no transient here: it is made when the activations of a stage are gone.
+    """
     shapes, model = b.shapes, b.shapes.model
     hidden, size, tokens = model.hidden_size, shapes.element_bytes, shapes.cp_tokens
     shards = shapes.strategy.weight_shards
@@ -49,5 +52,10 @@ def head(b: Builder) -> None:
     b.keep("loss targets", 9 * tokens)
     b.memory("cross entropy", tokens * vocabulary * (size + 4 * 6), tokens * vocabulary * (4 * 2 + size))
     b.peak(tokens * vocabulary * size)
+    if not shapes.fused:
+        # The fp32 softmax is gone when the weight's gradient is made.
+        gathered = 2 * tokens * hidden if shapes.is_megatron_sp else 0
+        made = vocabulary * hidden + tokens * hidden + tokens * vocabulary + gathered
+        b.peak(made * size - 4 * tokens * vocabulary)
     if shards > 1:
         b.collective("all_reduce", "tp", "forward", 4 * tokens, 3)

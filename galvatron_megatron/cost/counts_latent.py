@@ -55,6 +55,7 @@ def latent_attention(b: Builder, part: Attention) -> None:
         b.collective("reduce_scatter", "tp", "backward", size_of_keys)
     rotated = 2 * tokens * heads * part.head_dim * size
     b.memory("rotary embedding", 2 * rotated, 2 * rotated)
+    b.peak(2 * rotated)
     keep_rotary(b, part.qk_rope_head_dim)
     b.keep("query and key", rotated)
     padded = not shapes.fused and model.fused_attention and part.v_head_dim != part.head_dim

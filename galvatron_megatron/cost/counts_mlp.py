@@ -34,7 +34,13 @@ def feed_forward(b: Builder, name: str, tokens: int, width: int, *, gated: bool,
     )
     b.keep(f"{name} after activation", experts * tokens * width * size)
     b.linear(f"{name} second linear", tokens, hidden, width, count=experts)
-    b.peak(experts * tokens * (wide + width) * size)
+    if b.shapes.fused:
+        b.peak(experts * tokens * (wide + width) * size)
+        return
+    # Weight gradients are tensors of their own here, and what was kept for a step is gone after it: the second
+    # linear, the activation, the first linear.
+    steps = (hidden * width + tokens * width, experts * tokens * wide, wide * hidden - tokens * width)
+    b.peak((max(steps) + 4 * b.shapes.gemm_tokens * hidden) * size)
 
 
 def mixture_of_experts(b: Builder, part: Experts) -> None:

@@ -108,7 +108,7 @@ def trace_layers(
         vocab_size: size of the vocabulary where the command line does not say it.
         kernels: ``gpu``: keep the tensors that CUDA kernels keep; ``cpu``: those of the CPU's kernels.
         fused_attention: keep no score matrix; by default as the command line's run would.
-        world_size: ranks of the fake job; by default the fewest that fit.
+        world_size: ranks of the fake job, rounded down to what the degrees divide; by default the fewest.
         cache_directory: where earlier traces lie; by default in the user's cache.
         timeout_seconds: after this long the trace is given up.
 

@@ -12,6 +12,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.overrides import TorchFunctionMode
 
 from galvatron_megatron.integration.local_hybrid_spec import attention_layer
+from galvatron_megatron.profiler.trace_kernels import compiled
 
 KERNELS = ("gpu", "cpu")
 
@@ -112,23 +113,39 @@ class _LayerNorm(torch.autograd.Function):
         return gradients[0], None, gradients[1], gradients[2], None
 
 
+@compiled
+def rms_norm_forward(
+    tensor: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMS norm and the inverse root mean squares in fp32, one number a row."""
+    inverse = torch.rsqrt(tensor.float().pow(2).mean(-1, keepdim=True) + eps)
+    return (tensor * inverse).to(tensor.dtype) * weight, inverse
+
+
+@compiled
+def rms_norm_backward(
+    gradient: torch.Tensor, tensor: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of input and weight."""
+    normed = tensor * inverse
+    weighted = gradient * weight
+    of_weight = (gradient * normed).sum(tuple(range(gradient.dim() - 1))).to(weight.dtype)
+    of_input = inverse * (weighted - normed * (weighted * normed).mean(-1, keepdim=True))
+    return of_input.to(tensor.dtype), of_weight
+
+
 class _RmsNorm(torch.autograd.Function):
     """RMS norm in one kernel, which keeps its input and one fp32 number per row, as CUDA's does."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, shape: Any, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        inverse = torch.rsqrt(tensor.float().pow(2).mean(-1, keepdim=True) + eps)
+    def forward(ctx: Any, tensor: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        result, inverse = rms_norm_forward(tensor, weight, eps)
         ctx.save_for_backward(tensor, weight, inverse)
-        return (tensor * inverse).to(tensor.dtype) * weight
+        return result
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
-        tensor, weight, inverse = ctx.saved_tensors
-        normed = tensor * inverse
-        weighted = gradient * weight
-        of_weight = (gradient * normed).sum(tuple(range(gradient.dim() - 1))).to(weight.dtype)
-        of_input = inverse * (weighted - normed * (weighted * normed).mean(-1, keepdim=True))
-        return of_input.to(tensor.dtype), None, of_weight, None
+        return *rms_norm_backward(gradient, *ctx.saved_tensors), None
 
 
 def _layer_norm(
@@ -138,7 +155,7 @@ def _layer_norm(
 
 
 def _rms_norm(tensor: torch.Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> torch.Tensor:
-    return _RmsNorm.apply(tensor, shape, weight, eps or torch.finfo(tensor.dtype).eps)
+    return _RmsNorm.apply(tensor, weight, eps or torch.finfo(tensor.dtype).eps)
 
 
 def _dropout(

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from galvatron_megatron.cost.counts_values import Collective, Operator
+from galvatron_megatron.profiler import trace_kernels
 
 _MATMULS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2)}
 """Where the two factors stand among the arguments."""
@@ -58,6 +59,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self._kept = kept
         self._recomputing = False
+        self._inside_kernel = False
         self._parameters = {storage_of(parameter) for parameter in parameters}
         self._groups = groups
         self._backward = False
@@ -67,6 +69,29 @@ class Recorder(TorchDispatchMode):
         """Of storages made while recording."""
         self.peak_bytes = 0
         self._known: dict[int, int] = {}
+
+    def __enter__(self) -> "Recorder":
+        trace_kernels.run_kernel = self.run_as_kernel
+        return super().__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        trace_kernels.run_kernel = trace_kernels.run_plainly
+        super().__exit__(*exception)
+
+    def run_as_kernel(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Runs what a compiler would make one kernel of: its temporaries neither live nor move."""
+        if self._inside_kernel:
+            return function(*args, **kwargs)
+        self._inside_kernel = True
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            self._inside_kernel = False
+        moved = _bytes([*_tensors((args, kwargs)), *_tensors(result)])
+        name = getattr(function, "__name__", "kernel")
+        self._add_memory_operator(name, self._phase(), moved)
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        return result
 
     def start_backward(self) -> None:
         """From here on the backward pass runs, and a new peak begins."""
@@ -120,7 +145,8 @@ class Recorder(TorchDispatchMode):
             self._known[identity] = storage.nbytes()
             self.live_bytes += storage.nbytes()
             weakref.finalize(storage, self._freed, identity)
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        if not self._inside_kernel:
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def _freed(self, identity: int) -> None:
         self.live_bytes -= self._known.pop(identity, 0)
@@ -166,7 +192,7 @@ class Recorder(TorchDispatchMode):
         if "scaled_dot_product" in name:
             self.operators[_attention(name, phase, inputs)] += 1
             return
-        if name in _SILENT or not outputs:
+        if name in _SILENT or not outputs or self._inside_kernel:
             return
         if func.is_view or (
             not func._schema.is_mutable
@@ -174,9 +200,10 @@ class Recorder(TorchDispatchMode):
         ):
             return
         moved = inputs if func._schema.is_mutable else [*inputs, *outputs]
-        self.operators[
-            Operator(name=name, kind="memory", phase=phase, flops=0, bytes=_bytes(moved), shape=())
-        ] += 1
+        self._add_memory_operator(name, phase, _bytes(moved))
+
+    def _add_memory_operator(self, name: str, phase: str, moved: int) -> None:
+        self.operators[Operator(name=name, kind="memory", phase=phase, flops=0, bytes=moved, shape=())] += 1
 
     def _matmul(self, name: str, phase: str, left: torch.Tensor, right: torch.Tensor) -> Operator:
         batch = left.shape[0] if left.dim() == 3 else 1

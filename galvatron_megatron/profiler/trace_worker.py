@@ -17,14 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from galvatron_megatron.describe.megatron_args import model_from_arguments
 from galvatron_megatron.errors import GalvatronError
 from galvatron_megatron.integration.cpu_device import CpuDevice, configure
 from galvatron_megatron.plan.strategy import SequenceParallel
+from galvatron_megatron.profiler.trace_kernels import compiled
 
-_KEPT_FUSIONS = ("bias_gelu_fusion", "bias_swiglu_fusion")
+_KEPT_FUSIONS = ("bias_gelu_fusion", "bias_swiglu_fusion", "bias_dropout_fusion")
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -87,7 +89,8 @@ def answer(request: Request) -> list[dict[str, Any]]:
     experts = max(1, arguments.expert_model_parallel_size or 1)
     rows = []
     for tp in dict.fromkeys(setting[0] for setting in request.settings):
-        world_size = request.world_size or tp * experts
+        smallest = tp * experts
+        world_size = max(1, request.world_size // smallest) * smallest
         with process_group(request, world_size), parallel_state_of(tp, arguments):
             for sequence_parallel in dict.fromkeys(s[1] for s in request.settings if s[0] == tp):
                 tracer = PartTracer(
@@ -138,6 +141,7 @@ def main() -> int:
     )
     os.environ["TORCHDYNAMO_DISABLE"] = os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     logging.disable(logging.WARNING)
+    torch.compile = compiled
     CpuDevice(even_with_gpu=True).install()
     try:
         content: dict[str, Any] = {"rows": answer(request)}
