@@ -3,6 +3,7 @@
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.records.values import MeasuredRun, RowReader, even_split, gpt_layer, uniform_plan
 from galvatron_megatron.describe.model import Model
+from galvatron_megatron.errors import DescriptionError
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
 
 COLUMNS = frozenset(
@@ -32,6 +33,7 @@ _OUTSIDE_NAMES = {
     "inference": "no training",
     "grpo": "no training alone",
     "release": "a release run whose number of devices the record leaves out",
+    "_reshard_": "resumed with other degrees than the recorded ones",
     "defer_embedding_wgrad": "inputs of the output layer kept for a deferred gradient",
 }
 
@@ -43,6 +45,8 @@ def golden_run(reader: RowReader) -> MeasuredRun:
     from Megatron's defaults for the small test model (dropout 0.1, GPT-2's vocabulary, eight devices).
     """
     case, tag = reader.text("case"), reader.text("tag")
+    if reader.flag("account-for-embedding-in-pipeline-split"):
+        raise DescriptionError("embedding and loss count as layers: a plan has no stage without a layer")
     tp, cp, pp = (
         reader.integer(f"{name}-parallel-size", 1) for name in ("tensor-model", "context", "pipeline-model")
     )
