@@ -55,8 +55,9 @@ class PlannedJob:
         if warning and args.rank == 0:
             print(f"galvatron: {warning}", file=sys.stderr, flush=True)
         # Every rank reads the same command line; rank 0 is the one to complain about it.
-        self._channel.share(lambda: self._planner() and None)
-        planner = self._planner()
+        made: list[JobPlanner] = []
+        self._channel.share(lambda: made.append(self._planner()))
+        planner = made[0] if made else self._planner()
         self.decision = planner.decide()
         plan = self.decision.plan
         planner.apply(plan, args)

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from galvatron_megatron import __version__
 from galvatron_megatron.cost.measured import MeasuredCostModel
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.describe.cluster import Cluster
@@ -181,6 +182,7 @@ class JobPlanner:
         facts = facts_of_this_rank()
         constraints = {name: value for name, value in asdict(self.constraints).items() if value is not None}
         return {
+            "version": __version__,
             "model": self.model.fingerprint(),
             "world_size": self.channel.world_size,
             "ranks_per_node": os.environ.get("LOCAL_WORLD_SIZE", ""),
