@@ -111,15 +111,16 @@ class MeasuredCostModel:
     def priced_layer(self, layer: int, strategy: Strategy, setting: Setting) -> PricedLayer:
         """Prices a layer term by term."""
         samples = setting.micro_batch_samples // strategy.dp
-        return self._layer(self._digests[layer], strategy, samples, setting.pp)
+        return self._layer(self._digests[layer], strategy, samples, setting.pp, self._share(setting))
 
     def priced_embedding(self, setting: Setting) -> PricedLayer:
         """Prices the embedding term by term."""
-        return self._ends(EMBEDDING, setting.base, setting.micro_batch_size, setting.pp)
+        share = self._share(setting)
+        return self._ends(EMBEDDING, setting.base, setting.micro_batch_size, setting.pp, share)
 
     def priced_head(self, setting: Setting) -> PricedLayer:
         """Prices the head term by term."""
-        return self._ends(HEAD, setting.base, setting.micro_batch_size, setting.pp)
+        return self._ends(HEAD, setting.base, setting.micro_batch_size, setting.pp, self._share(setting))
 
     def step_overhead_seconds(self) -> float:
         """Time per step outside all layers."""
@@ -134,6 +135,21 @@ class MeasuredCostModel:
     @cached_property
     def _analytic(self) -> AnalyticCostModel:
         return AnalyticCostModel(self.model, self.cluster, self.options)
+
+    def _share(self, setting: Setting) -> float:
+        """Part of a measured time that CPU ranks take which share processors, while a pipeline runs.
+
+        Layers are measured with all ranks at work. Where o ranks share one processor, a stage that waits in the
+        pipeline's fill leaves its time to the others: the step cannot be shorter than its work on all
+        processors, m t, nor than its longest path at full speed, (m + P - 1) t / o. The objective charges
+        (m + P - 1) t, so a time t is scaled by the larger of m / (m + P - 1) and 1 / o.
+        """
+        place = self.profile.provenance
+        crowd = place.ranks_per_node / place.processors_per_node
+        if place.backend != "gloo" or crowd <= 1 or setting.pp == 1:
+            return 1.0
+        fill = (setting.pp - 1) / setting.virtual_stages
+        return max(setting.micro_batches / (setting.micro_batches + fill), 1 / crowd)
 
     def _find(self, part: str, strategy: Strategy, recompute: Recompute, samples: int) -> PartCost | str:
         kind = strategy.sequence_parallel
@@ -162,7 +178,7 @@ class MeasuredCostModel:
             activation_terms=(),
         )
 
-    def _price_layer(self, digest: str, strategy: Strategy, samples: int, pp: int) -> PricedLayer:
+    def _price_layer(self, digest: str, strategy: Strategy, samples: int, pp: int, share: float) -> PricedLayer:
         found = self._find(digest, strategy, strategy.recompute, samples)
         if isinstance(found, str):
             return self._refuse(f"layer {digest}", strategy, samples, found)
@@ -172,9 +188,9 @@ class MeasuredCostModel:
             Term(name=term.name, value=term.value / together, source=term.source)
             for term in self._sync(found, strategy, together)
         ]
-        return self._priced("layer", found, strategy, found.parameters, sync)
+        return self._priced("layer", found, strategy, found.parameters, sync, share)
 
-    def _price_end(self, part: str, base: Strategy, samples: int, pp: int) -> PricedLayer:
+    def _price_end(self, part: str, base: Strategy, samples: int, pp: int, share: float) -> PricedLayer:
         found = self._find(part, base, Recompute.NONE, samples)
         beside = self._find(self._digests[0], base, Recompute.NONE, samples)
         if isinstance(found, str) or isinstance(beside, str):
@@ -193,16 +209,23 @@ class MeasuredCostModel:
             stride = base.ranks * (pp - 1)
             seconds = self._curves.seconds("all_reduce", size, 2, stride)
             sync.append(Term(name="tied embedding gradient", value=seconds, source="measured"))
-        return self._priced(part, found, base, parameters, sync)
+        return self._priced(part, found, base, parameters, sync, share)
 
     def _priced(
-        self, what: str, found: PartCost, strategy: Strategy, parameters: int, sync: list[Term]
+        self,
+        what: str,
+        found: PartCost,
+        strategy: Strategy,
+        parameters: int,
+        sync: list[Term],
+        share: float,
     ) -> PricedLayer:
+        forward, backward = found.forward_seconds * share, found.backward_seconds * share
         slack = 1 + self.cluster.constants.memory_slack
         state = state_bytes(parameters, strategy.zero, strategy.state_replicas, self._element)
         kept = round(found.activation_bytes * slack)
         cost = LayerCost(
-            micro_batch_seconds=found.forward_seconds + found.backward_seconds,
+            micro_batch_seconds=forward + backward,
             sync_seconds=sum(term.value for term in sync),
             state_bytes=state.total,
             activation_bytes=kept,
@@ -210,11 +233,11 @@ class MeasuredCostModel:
         )
         return PricedLayer(
             cost=cost,
-            forward_seconds=found.forward_seconds,
-            backward_seconds=found.backward_seconds,
+            forward_seconds=forward,
+            backward_seconds=backward,
             micro_batch_terms=(
-                Term(name=f"{what} forward", value=found.forward_seconds, source=found.source),
-                Term(name=f"{what} backward", value=found.backward_seconds, source=found.source),
+                Term(name=f"{what} forward", value=forward, source=found.source),
+                Term(name=f"{what} backward", value=backward, source=found.source),
             ),
             sync_terms=tuple(term for term in sync if term.value),
             state_terms=(

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from galvatron_megatron.describe.profile import CollectiveCurve
 from galvatron_megatron.profiler.clock import Clock
 from galvatron_megatron.profiler.fit import latency_bandwidth, undisturbed
+from galvatron_megatron.profiler.process_group import gather
 
 SMALLEST_BYTES = 1 << 10
 GROWTH = 8
@@ -129,7 +130,7 @@ def measure_curve(
     nodes: int = 1,
     contention: bool = True,
     seconds_per_size: float = 0.08,
-) -> CollectiveCurve:
+) -> tuple[CollectiveCurve, list[float]]:
     """Measures one collective over one group shape; every rank of the job calls this.
 
     Args:
@@ -141,7 +142,8 @@ def measure_curve(
         seconds_per_size: time to spend on one message size.
 
     Returns:
-        The curve, equal on every rank: the lower quartile over repeats, the maximum over ranks.
+        The curve, equal on every rank: the lower quartile over repeats, the maximum over ranks. And the seconds
+        of every rank for all sizes, by rank.
     """
     world_size, rank = dist.get_world_size(), dist.get_rank()
     groups = shape.groups(world_size)
@@ -166,14 +168,13 @@ def measure_curve(
             if collective == "send":
                 seconds /= 2
         times.append(seconds)
-    slowest = torch.tensor(times, device="cuda", dtype=torch.float64)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    by_rank = gather(times)
     for group in handles:
         if rank in dist.get_process_group_ranks(group):
             dist.destroy_process_group(group)
-    points = tuple(zip(sizes, (float(t) for t in slowest.tolist()), strict=True))
+    points = tuple(zip(sizes, map(max, zip(*by_rank, strict=True)), strict=True))
     latency, slope, residual = latency_bandwidth(points)
-    return CollectiveCurve(
+    curve = CollectiveCurve(
         collective=collective,
         ranks=shape.ranks,
         stride=shape.stride,
@@ -184,3 +185,4 @@ def measure_curve(
         residual=residual,
         points=points,
     )
+    return curve, [sum(times) for times in by_rank]

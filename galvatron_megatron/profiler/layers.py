@@ -141,6 +141,8 @@ class PartMeasurement:
     micro_batch_size: int
     seq_length: int
     failure: str = ""
+    by_rank: list[float] = field(default_factory=list)
+    """Seconds of every rank for the layers, forward and backward, by rank; empty before the first round."""
     _memory: dict[str, tuple[int, int]] | None = None
     _samples: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
 
@@ -165,7 +167,10 @@ class PartMeasurement:
             self.few.ddp.zero_grad_buffer()
         answers = gather((self.failure, {} if self.failure else self._numbers()))
         self.failure = next((failure for failure, _ in answers if failure), "")
-        return self._points([numbers for _, numbers in answers])
+        numbers = [entry for _, entry in answers]
+        if not self.failure:
+            self.by_rank = [entry["layer"]["forward"] + entry["layer"]["backward"] for entry in numbers]
+        return self._points(numbers)
 
     def _run(self, budget_seconds: float) -> None:
         clock = Clock()

@@ -39,6 +39,7 @@ from galvatron_megatron.profiler.needs import ProfileNeeds
 from galvatron_megatron.profiler.optimizer import measure_step
 from galvatron_megatron.profiler.process_group import agree, own_process_group
 from galvatron_megatron.profiler.progress import Progress
+from galvatron_megatron.profiler.stragglers import straggler_note
 from galvatron_megatron.profiler.topology import (
     cluster_from_ranks,
     gather_facts,
@@ -140,6 +141,7 @@ def profile_live_ranks(
             model, arguments, needs, directory, dict(args_defaults or {}), Profile(provenance=provenance)
         )
         run.seconds_per_point = seconds_per_point
+        run.nodes = [entry.node for entry in facts]
         text, note = on_rank_zero(lambda: run.stored_text(again))
         if text:
             run.profile = from_json(text, str(directory))
@@ -204,6 +206,7 @@ class _Run:
         self.defaults = defaults
         self.profile = profile
         self.seconds_per_point = 0.25
+        self.nodes: list[str] = []
         self._world = profile.provenance.world_size
 
     def stored_text(self, again: bool) -> tuple[str, str]:
@@ -268,8 +271,11 @@ class _Run:
         for collective, shape in curves:
             progress.at(f"{collective} over {shape.ranks} ranks, stride {shape.stride}")
             nodes = nodes_of_group(shape.ranks, shape.stride, self.profile.provenance.ranks_per_node)
-            curve = measure_curve(collective, shape, largest_bytes=self._largest_bytes(collective), nodes=nodes)
-            self.keep(collectives=(curve,))
+            curve, by_rank = measure_curve(
+                collective, shape, largest_bytes=self._largest_bytes(collective), nodes=nodes
+            )
+            what = f"{collective} over {shape.ranks} ranks, stride {shape.stride}"
+            self.keep(collectives=(curve,), notes=self._stragglers(what, by_rank))
             progress.advance()
         for item in builds:
             progress.at(str(item))
@@ -330,9 +336,16 @@ class _Run:
                 for measurement in measurements:
                     self.keep(parts=tuple(measurement.round(self.seconds_per_point / ROUNDS)))
                     progress.advance(index == ROUNDS - 1)
+            if item.tp == 1 and measurements:
+                # Without tensor parallelism no rank waits for another one.
+                self.keep(notes=self._stragglers("computing layers", measurements[-1].by_rank))
             if item.step:
                 self.keep(steps=(measure_step(few, zero=item.zero),))
                 progress.advance()
+
+    def _stragglers(self, what: str, by_rank: list[float]) -> tuple[str, ...]:
+        note = straggler_note(what, by_rank, self.nodes)
+        return (note,) if note else ()
 
     def _keep_failure(self, item: Build, name: str, reason: str) -> None:
         points = tuple(

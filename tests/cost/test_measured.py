@@ -204,3 +204,13 @@ def test_the_optimizer_line_is_found_and_never_negative():
 def test_a_profile_without_an_optimizer_is_refused():
     with pytest.raises(DescriptionError, match="optimizer"):
         costs(steps=())
+
+
+@pytest.mark.parametrize(("processors", "micro_batches", "share"), [(4, 8, 1.0), (2, 8, 8 / 9), (1, 1, 0.5)])
+def test_a_pipeline_of_ranks_that_share_processors_does_not_pay_for_waiting(processors, micro_batches, share):
+    place = replace(PROFILE.provenance, processors_per_node=processors)
+    setting = Setting(
+        pp=2, virtual_stages=1, micro_batch_size=1, micro_batches=micro_batches, base=Strategy(dp=2)
+    )
+    price = costs(provenance=place).layer_cost(0, Strategy(dp=2), setting)
+    assert price.micro_batch_seconds == pytest.approx(3e-3 * share)
