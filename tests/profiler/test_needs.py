@@ -31,9 +31,7 @@ def test_the_groups_of_a_shape_hold_every_rank_once(world_size):
         for shape in shapes:
             groups = shape.groups(world_size)
             assert sorted(rank for group in groups for rank in group) == list(range(world_size))
-            assert all(
-                b - a == shape.stride for group in groups for a, b in itertools.pairwise(group)
-            )
+            assert all(b - a == shape.stride for group in groups for a, b in itertools.pairwise(group))
 
 
 def test_degrees_that_do_not_divide_the_model_are_left_out():
