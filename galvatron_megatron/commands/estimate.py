@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from galvatron_megatron.cost.analytic import AnalyticCostModel
+from galvatron_megatron.cost.analytic import AnalyticCostModel, CountSource
 from galvatron_megatron.cost.estimate import estimate_plan, simulate_estimate
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.schedule import ScheduleKind
@@ -71,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overlap-grad-reduce", action="store_true", help="as Megatron's flag of this name")
     parser.add_argument("--overlap-param-gather", action="store_true", help="as Megatron's flag of this name")
+    parser.add_argument(
+        "--traced",
+        action="store_true",
+        help="count by tracing the real Megatron layers of the command line (needs torch and megatron-core)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -85,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     cluster = read_cluster(arguments.cluster, nodes=arguments.nodes)
     model, plan, options, name = _what(arguments, cluster)
-    costs = AnalyticCostModel(model, cluster, options)
+    costs = AnalyticCostModel(model, cluster, options, _traced(arguments, plan) if arguments.traced else None)
     estimate = estimate_plan(plan, costs)
     console = Console()
     if arguments.compare is not None:
@@ -137,6 +142,20 @@ def _what(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Model, Plan,
         overlap_gradients=arguments.overlap_grad_reduce, overlap_parameters=arguments.overlap_param_gather
     )
     return model, plan, options, words[0]
+
+
+def _traced(arguments: argparse.Namespace, plan: Plan) -> CountSource:
+    """Counts of the plan's strategies, traced from the layers that the command line makes Megatron build.
+
+    Raises:
+        GalvatronError: there is no command line, or the trace failed.
+    """
+    if len(arguments.what) < 2:
+        raise DescriptionError("--traced: needs a Megatron command line; valid: -- SCRIPT ARGS")
+    # Tracing is the one part of this command that needs torch.
+    from galvatron_megatron.profiler.trace import trace_layers
+
+    return trace_layers(arguments.what[1:], [plan.base, *plan.strategies], [plan.micro_batch_size])
 
 
 def _checked(plan: Plan, model: Model, cluster: Cluster, where: str) -> Plan:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cached_property, lru_cache
+from typing import Protocol
 
 from galvatron_megatron.cost.communication import collective_seconds
 from galvatron_megatron.cost.compute import (
@@ -23,10 +24,44 @@ from galvatron_megatron.describe.cluster import GB, MICROSECOND, Cluster
 from galvatron_megatron.describe.model import Layer, Model
 from galvatron_megatron.plan.strategy import SequenceParallel, Strategy
 
-cached_layer_counts = lru_cache(maxsize=16384)(layer_counts)
+_layer_counts = lru_cache(maxsize=16384)(layer_counts)
 """Counts do not depend on the cluster or its constants, so that calibration counts every layer once."""
 _embedding_counts = lru_cache(maxsize=4096)(embedding_counts)
 _head_counts = lru_cache(maxsize=4096)(head_counts)
+
+
+class CountSource(Protocol):
+    """Where counts come from: closed forms, or a trace of the real layers."""
+
+    def layer(self, layer: Layer, strategy: Strategy, samples: int) -> LayerCounts:
+        """Counts of a layer; ``samples`` are those of the micro-batch on one data-parallel rank."""
+        ...
+
+    def embedding(self, base: Strategy, samples: int) -> LayerCounts:
+        """Counts of the embedding in the base layout."""
+        ...
+
+    def head(self, base: Strategy, samples: int) -> LayerCounts:
+        """Counts of final norm, output layer and loss in the base layout."""
+        ...
+
+
+class _ClosedForms:
+    """Counts without torch."""
+
+    def __init__(self, model: Model, implementation: str) -> None:
+        # Counts depend on sizes, not on how many layers there are; a short model is hashed quickly.
+        self._sizes = replace(model, layers=model.layers[:1])
+        self._implementation = implementation
+
+    def layer(self, layer: Layer, strategy: Strategy, samples: int) -> LayerCounts:
+        return _layer_counts(self._sizes, layer, strategy, samples, self._implementation)
+
+    def embedding(self, base: Strategy, samples: int) -> LayerCounts:
+        return _embedding_counts(self._sizes, base, samples, self._implementation)
+
+    def head(self, base: Strategy, samples: int) -> LayerCounts:
+        return _head_counts(self._sizes, base, samples, self._implementation)
 
 
 class AnalyticCostModel:
@@ -36,14 +71,21 @@ class AnalyticCostModel:
         model: what to train.
         cluster: on what.
         options: switches of the job; Megatron's defaults where not given.
+        counts: of operators, collectives and kept bytes; closed forms where not given.
     """
 
-    def __init__(self, model: Model, cluster: Cluster, options: RunOptions | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cluster: Cluster,
+        options: RunOptions | None = None,
+        counts: CountSource | None = None,
+    ) -> None:
         self.model = model
         self.cluster = cluster
         self.options = options or RunOptions()
-        # Counts depend on sizes, not on how many layers there are; a short model is hashed quickly.
-        self._sizes = replace(model, layers=model.layers[:1])
+        self._closed = _ClosedForms(model, self.options.implementation)
+        self._counts: CountSource = counts or self._closed
         self._priced = lru_cache(maxsize=None)(self._price_layer)
         self._embedding = lru_cache(maxsize=None)(self._price_embedding)
         self._head = lru_cache(maxsize=None)(self._price_head)
@@ -134,7 +176,8 @@ class AnalyticCostModel:
 
         Tensor-parallel collectives count with the operator they follow (forward) or precede (backward).
         """
-        counts = self._layer_counts(self.model.layers[layer], strategy, setting.micro_batch_samples)
+        samples = setting.micro_batch_samples // strategy.dp
+        counts = self._counts.layer(self.model.layers[layer], strategy, samples)
         seconds: dict[str, list[float]] = {}
         for operator in counts.operators:
             side = 0 if operator.phase in FORWARD_PHASES else 1
@@ -155,12 +198,9 @@ class AnalyticCostModel:
 
     @cached_property
     def _sample_flops(self) -> float:
-        alone = Strategy()
-        counted = [
-            (cached_layer_counts(self._sizes, layer, alone, 1), times)
-            for layer, times in self.model.layer_runs()
-        ]
-        counted += [(_embedding_counts(self._sizes, alone, 1), 1), (_head_counts(self._sizes, alone, 1), 1)]
+        alone, count = Strategy(), self._closed
+        counted = [(count.layer(layer, alone, 1), times) for layer, times in self.model.layer_runs()]
+        counted += [(count.embedding(alone, 1), 1), (count.head(alone, 1), 1)]
         return sum(
             times * operator.count * operator.flops * (0.5 if operator.kind == "attention" else 1.0)
             for counts, times in counted
@@ -172,21 +212,14 @@ class AnalyticCostModel:
         return parameter_bytes(self.model.precision, self.options)
 
     def _price_layer(self, layer: Layer, strategy: Strategy, samples: int, micro_batches: int) -> PricedLayer:
-        return self._price(self._layer_counts(layer, strategy, samples), strategy, micro_batches)
-
-    def _layer_counts(self, layer: Layer, strategy: Strategy, samples: int) -> LayerCounts:
-        return cached_layer_counts(
-            self._sizes, layer, strategy, samples // strategy.dp, self.options.implementation
-        )
+        return self._price(self._counts.layer(layer, strategy, samples // strategy.dp), strategy, micro_batches)
 
     def _price_embedding(self, setting: Setting) -> PricedLayer:
-        counts = _embedding_counts(
-            self._sizes, setting.base, setting.micro_batch_size, self.options.implementation
-        )
+        counts = self._counts.embedding(setting.base, setting.micro_batch_size)
         return self._price(counts, setting.base, setting.micro_batches)
 
     def _price_head(self, setting: Setting) -> PricedLayer:
-        counts = _head_counts(self._sizes, setting.base, setting.micro_batch_size, self.options.implementation)
+        counts = self._counts.head(setting.base, setting.micro_batch_size)
         tied = self.model.tied_embeddings
         return self._price(
             counts,
@@ -240,11 +273,11 @@ class AnalyticCostModel:
             total = busy + communication + waiting
             sharded = self._sharded_seconds(name, strategy, micro_batches, total, gather, reduce)
             terms += [
-                Term(name=f"{name} GEMM", value=work.gemm),
-                Term(name=f"{name} attention", value=work.attention),
-                Term(name=f"{name} memory-bound", value=work.memory),
-                Term(name=f"{name} tensor and context parallel", value=communication),
-                Term(name=f"{name} host issue", value=waiting),
+                Term(name=f"{name} GEMM", value=work.gemm, source=counts.source),
+                Term(name=f"{name} attention", value=work.attention, source=counts.source),
+                Term(name=f"{name} memory-bound", value=work.memory, source=counts.source),
+                Term(name=f"{name} tensor and context parallel", value=communication, source=counts.source),
+                Term(name=f"{name} host issue", value=waiting, source=counts.source),
                 Term(name=f"{name} sharded parameters", value=sharded),
             ]
             phases[name] = total + sharded
@@ -263,7 +296,10 @@ class AnalyticCostModel:
             Term(name="gradients", value=state.gradients),
             Term(name="optimizer states", value=state.optimizer),
         )
-        kept = tuple(Term(name=f"activations: {name}", value=size) for name, size in counts.activation_terms)
+        kept = tuple(
+            Term(name=f"activations: {name}", value=size, source=counts.source)
+            for name, size in counts.activation_terms
+        )
         slack = int(counts.activation_bytes * constants.memory_slack)
         transient = counts.transient_bytes
         if strategy.zero == 3:

@@ -47,7 +47,7 @@ GATES: dict[str, dict[str, float]] = {
 _NOTES: dict[str, tuple[str, ...]] = {
     "vtrain_a100_multi": (
         "GPT 39.1B with tp 2, and some rows with tp 4, took 10 to 50 % longer than the same work at tp 1 or 8,",
-        "and not monotonically: tp 2, dp 32, pp 8 took 21.9, 19.1 and 23.1 s at micro-batch 2, 3 and 6. No term",
+        "and not steadily: tp 2, dp 32, pp 8 took 21.9, 19.1 and 23.1 s at micro-batch 2, 3 and 6. No term",
         "of the model tells them from the others (fitted to the tp 8 rows alone it is within 1.4 % of those on",
         "average); they are most of the error and most of the missing rank correlation among plans that lie",
         "within a few percent of each other.",

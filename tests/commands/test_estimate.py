@@ -1,6 +1,7 @@
 """``galvatron estimate``."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,7 @@ def test_overlap_flags_reach_the_model(tmp_path: Path, capsys: pytest.CaptureFix
     ("arguments", "words"),
     [
         (["--cluster", str(CLUSTER)], "nothing to estimate"),
+        (["PLAN", *FILES, "--traced"], "--traced: needs a Megatron command line"),
         (["none.yaml", *FILES], "none.yaml"),
         (["PLAN", "--model", str(MODEL), "--cluster", str(CLUSTER)], "--nodes 2"),
         (["PLAN", "--model", str(CONFIGS / "models" / "llama2-13b.yaml"), *FILES[2:]], "layers"),
@@ -121,3 +123,21 @@ def test_bad_requests(
     assert words in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_traced_counts_agree_with_closed_forms(capsys: pytest.CaptureFixture[str]) -> None:
+    """GEMMs and collectives of the real layers are those of the closed forms."""
+    line = shlex.split(
+        "pretrain_gpt.py --num-layers 2 --hidden-size 256 --num-attention-heads 4 --seq-length 128 "
+        "--max-position-embeddings 128 --micro-batch-size 2 --bf16 --tensor-model-parallel-size 2 "
+        "--sequence-parallel --vocab-size 1000"
+    )
+    terms = []
+    for flags in ([], ["--traced"]):
+        assert main(["estimate", "--cluster", str(CLUSTER), "--nodes", "1", "--json", *flags, "--", *line]) == 0
+        stage = json.loads(capsys.readouterr().out)["stages"][0]
+        terms.append({term["name"]: term for term in stage["micro_batch_terms"]})
+    for name in ("forward GEMM", "backward GEMM", "forward tensor and context parallel"):
+        assert terms[0][name]["source"] == "modelled"
+        assert terms[1][name]["source"] == "traced"
+        assert terms[1][name]["value"] == pytest.approx(terms[0][name]["value"])
