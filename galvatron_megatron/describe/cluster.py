@@ -9,9 +9,12 @@ import yaml
 
 from galvatron_megatron.describe.shipped import find_description
 from galvatron_megatron.errors import DescriptionError, did_you_mean
+from galvatron_megatron.plan.checks import GREATEST, shown
+from galvatron_megatron.plan.document import read_document
 
 GB = 1e9
 MICROSECOND = 1e-6
+_GREATEST = {int: GREATEST, float: 1e30}
 
 
 def _check_numbers(owner: object, where: str, *, zero_allowed: tuple[str, ...] = ()) -> None:
@@ -20,13 +23,14 @@ def _check_numbers(owner: object, where: str, *, zero_allowed: tuple[str, ...] =
         value = getattr(owner, item.name)
         if item.type not in (int, float):
             continue
-        numeric = isinstance(value, int | float) and not isinstance(value, bool)
-        whole = item.type is not int or (numeric and float(value).is_integer())
+        fits = type(value) is int or (item.type is float and type(value) is float)
         least = 0 if item.name in zero_allowed else 1e-12
-        if not numeric or not whole or not least <= value < float("inf"):
+        if not fits or not least <= value <= _GREATEST[item.type]:
             kind = "an integer" if item.type is int else "a number"
             bound = ">= 0" if item.name in zero_allowed else "> 0"
-            raise DescriptionError(f"{where}.{item.name}: {value!r}; valid: {kind} {bound}")
+            if fits and value > _GREATEST[item.type]:
+                bound += f" and <= {_GREATEST[item.type]}"
+            raise DescriptionError(f"{where}.{item.name}: {shown(value)}; valid: {kind} {bound}")
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -77,11 +81,14 @@ class Link:
 
     def __post_init__(self) -> None:
         _check_numbers(self, "cluster link", zero_allowed=("latency_us", "base_us"))
-        for pair in self.group_efficiency:
-            if len(pair) != 2 or not (isinstance(pair[0], int) and pair[0] > 1 and pair[1] > 0):
-                raise DescriptionError(
-                    f"cluster link.group_efficiency: {pair!r}; valid: group sizes > 1 and numbers > 0"
-                )
+        for pair in self.group_efficiency if isinstance(self.group_efficiency, tuple) else (None,):
+            match pair:
+                case (int(ranks), int() | float() as efficiency) if ranks > 1 and 0 < efficiency < float("inf"):
+                    continue
+            raise DescriptionError(
+                f"cluster link.group_efficiency: {shown(pair or self.group_efficiency)}; "
+                "valid: a mapping of group sizes > 1 to numbers > 0"
+            )
 
     def bandwidth(self, ranks: int) -> float:
         """Bytes per second of one device that a large collective over ``ranks`` devices reaches."""
@@ -102,8 +109,8 @@ class Constants:
     memory_efficiency: float = 0.75
     """Fraction of the memory bandwidth that an element-wise kernel reaches."""
     kernel_us: float = 4.0
-    """Fixed time of one operator on the device beside its work: start, drain and the small kernels around it (casts,
-    transpositions, bias), in microseconds."""
+    """Fixed time of one operator on the device beside its work: start, drain and the small kernels around it
+    (casts, transpositions, bias), in microseconds."""
     host_us: float = 40.0
     """Time the host needs to issue one operator, in microseconds; the floor of small models."""
     step_ms: float = 5.0
@@ -160,6 +167,8 @@ class Cluster:
 
     def __post_init__(self) -> None:
         _check_numbers(self, "cluster")
+        if not isinstance(self.name, str):
+            raise DescriptionError(f"cluster name: {shown(self.name)}; valid: text")
 
     @property
     def world_size(self) -> int:
@@ -207,17 +216,22 @@ _PARTS = {
 def _build(kind: type, content: object, where: str) -> object:
     """Makes a value of ``kind`` from a mapping; names the file and key of anything unknown or missing."""
     if not isinstance(content, dict):
-        raise DescriptionError(f"{where}: {content!r} is not a mapping; valid: keys {', '.join(_keys(kind))}")
+        raise DescriptionError(
+            f"{where}: {shown(content)} is not a mapping; valid: keys {', '.join(_keys(kind))}"
+        )
     known = _keys(kind)
     for key in content:
         if key not in known:
-            raise DescriptionError(f"{where}: unknown key {key!r}; {did_you_mean(str(key), known)}")
+            raise DescriptionError(f"{where}: unknown key {shown(key)}; {did_you_mean(key, known)}")
     values = dict(content)
     for key, part in _PARTS.items():
         if kind is Cluster and key in values:
             values[key] = _build(part, values[key], f"{where}: {key}")
     if isinstance(values.get("group_efficiency"), dict):
-        values["group_efficiency"] = tuple(sorted(values["group_efficiency"].items()))
+        sizes = values["group_efficiency"].items()
+        values["group_efficiency"] = tuple(
+            sorted(sizes, key=lambda size: size[0] if type(size[0]) is int else 0)
+        )
     if "sources" in values:
         if not isinstance(values["sources"], list):
             raise DescriptionError(f"{where}: sources is not a list; valid: a list of lines")
@@ -250,20 +264,9 @@ def read_cluster(path: str | Path, nodes: int | None = None) -> Cluster:
         DescriptionError: the file cannot be read, or a key or value in it is not valid.
     """
     path = find_description("clusters", path)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise DescriptionError(
-            f"cluster file {path}: {error.strerror or error}; valid: a readable YAML file"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        place = f" line {line + 1}" if line is not None else ""
-        raise DescriptionError(f"cluster file {path}{place}: not YAML; valid: a YAML mapping") from error
-    if isinstance(content, dict):
-        content = {"name": path.stem, "nodes": 1, **content}
-        if nodes is not None:
-            content["nodes"] = nodes
+    content = {"name": path.stem, "nodes": 1, **read_document(path, DescriptionError)}
+    if nodes is not None:
+        content["nodes"] = nodes
     return _build(Cluster, content, f"cluster file {path}")
 
 

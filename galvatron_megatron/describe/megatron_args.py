@@ -24,6 +24,7 @@ _UNPLANNED = {
     "heterogeneous_layers_config_encoded_json": "layers that the other flags describe",
     "experimental_attention_variant": "leave it out",
     "attention_output_gate": "leave it out",
+    "decoder_num_layers": "--num-layers; models of an encoder and a decoder are not planned for",
     "mtp_num_layers": "leave it out; multi-token prediction is not planned for",
     "moe_latent_size": "leave it out",
     "fp8": "--bf16 without it",

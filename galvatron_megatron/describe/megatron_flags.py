@@ -81,6 +81,7 @@ FLAGS: tuple[Flag, ...] = (
     # Sizes and kinds of the layers.
     Flag(("--num-layers",), "num_layers", "int"),
     Flag(("--encoder-num-layers",), "encoder_num_layers", "int"),
+    Flag(("--decoder-num-layers",), "decoder_num_layers", "int"),
     Flag(("--hidden-size",), "hidden_size", "int"),
     Flag(("--ffn-hidden-size",), "ffn_hidden_size", "int"),
     Flag(("--num-attention-heads",), "num_attention_heads", "int"),

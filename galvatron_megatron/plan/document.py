@@ -78,6 +78,8 @@ def read_document(path: Path | str, error: type[GalvatronError] = PlanError) -> 
         # PyYAML lets such errors out of values with a tag that does not fit them, e.g. "!!timestamp x".
         kind = "JSON" if path.suffix == ".json" else "YAML"
         problem = " ".join(str(cause).split())
+        if isinstance(cause, LookupError | TypeError | AttributeError):
+            problem = "a value does not fit its tag"
         raise error(f"{path}: is not {kind}: {problem}; valid: well-formed {kind}, every key once") from None
     if not isinstance(content, dict):
         raise error(f"{path}: holds a {type(content).__name__}; valid: a mapping at the top level")

@@ -65,7 +65,10 @@ def test_document_round_trip(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("nodes: [", ("not YAML", "line")),
-        ("- 1", ("not a mapping",)),
+        ("- 1", ("holds a list; valid: a mapping",)),
+        ("nodes: 1\nnodes: 2", ("'nodes' is given twice",)),
+        ("nodes: !!timestamp x", ("does not fit its tag",)),
+        ("device: 3", ("device: 3 is not a mapping",)),
         ("nodes: 2", ("missing", "device")),
         ("devise: {}", ("unknown key 'devise'", "did you mean 'device'")),
     ],
@@ -87,6 +90,32 @@ def test_bad_numbers_name_file_and_field(tmp_path: Path) -> None:
     path.write_text(cluster_document(small_cluster()).replace("memory_gib: 10", "memory_gib: -1"))
     with pytest.raises(DescriptionError, match=r"c\.yaml.*device\.memory_gib: -1; valid: a number > 0"):
         read_cluster(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ("nodes: 2\n", f"nodes: 0x{'f' * 6000}\n"),
+            "nodes: an integer of 24000 bits; valid: an integer > 0 and <=",
+        ),
+        (("nodes: 2\n", "nodes: 1.0\n"), "nodes: 1.0; valid: an integer > 0"),
+        (("name: c\n", "name: [small]\n"), "cluster name: ['small']; valid: text"),
+        (("group_efficiency: {}", "group_efficiency: {2: 0.5, a: 1}"), "group_efficiency: ('a', 1); valid"),
+        (("group_efficiency: {}", "group_efficiency: {2: a}"), "group_efficiency: (2, 'a'); valid"),
+        (("group_efficiency: {}", "group_efficiency: [2]"), "group_efficiency: [2]; valid"),
+    ],
+)
+def test_odd_values_are_refused_in_one_line(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    path = tmp_path / "c.yaml"
+    text = cluster_document(small_cluster())
+    assert change[0] in text
+    path.write_text(text.replace(*change))
+    with pytest.raises(DescriptionError) as error:
+        read_cluster(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_missing_file(tmp_path: Path) -> None:

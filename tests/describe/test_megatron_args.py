@@ -279,6 +279,7 @@ def test_vocabulary_where_the_tokenizers_files_are_elsewhere() -> None:
     [
         ("--fp8-format hybrid", "--fp8-format: 'hybrid'"),
         ("--mtp-num-layers 1", "--mtp-num-layers"),
+        ("--decoder-num-layers 4", "--decoder-num-layers: 4 is not planned for; valid"),
         ("--hybrid-layer-pattern M*G", "gated delta net"),
         ("--hybrid-layer-pattern M*/MM", "multi-token"),
         ("--hybrid-layer-pattern M||*", "without layers"),
