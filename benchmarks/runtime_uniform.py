@@ -108,6 +108,7 @@ def measure(options: argparse.Namespace) -> None:
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.enums import ModelType
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.utils import get_model_config
     from megatron.training import training
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
@@ -140,7 +141,9 @@ def measure(options: argparse.Namespace) -> None:
         torch.cuda.manual_seed(7)
         container = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
         model, optimizer, scheduler = training.setup_model_and_optimizer(
-            ModelType.encoder_or_decoder, cfg_container=container, pg_collection=None
+            ModelType.encoder_or_decoder,
+            cfg_container=container,
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
         return model, optimizer, scheduler
 

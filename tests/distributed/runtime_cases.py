@@ -180,9 +180,10 @@ HALF = (
     case(
         "bf16-sharded", "bf16", "tp2+megatron zero1", ["tp4+ulysses zero1", "tp1", "tp4+megatron zero1", "tp2"]
     ),
-    case("fp16", "fp16", "tp2 zero1", ["tp4+ulysses", "tp1", "tp4+megatron zero1", "tp2"]),
+    case("fp16", "fp16", "tp4 zero1", ["tp4+ulysses", "tp1", "tp4+megatron zero1", "tp2"]),
 )
-"""Compared within the noise of the precision, and as to which steps were skipped exactly."""
+"""Compared within the noise of the precision, and exactly as to which steps were skipped: when gradients
+overflow depends on the size of a micro-batch, which is the reference's in the fp16 plan."""
 
 
 def changes(cases):
