@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from galvatron_megatron.cost.analytic import AnalyticCostModel, CountSource
-from galvatron_megatron.cost.estimate import estimate_plan, simulate_estimate
+from galvatron_megatron.cost.estimate import Estimate, TermCostModel, estimate_plan, simulate_estimate
+from galvatron_megatron.cost.measured import MeasuredCostModel
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.schedule import ScheduleKind
 from galvatron_megatron.describe.cluster import Cluster, read_cluster
@@ -18,6 +19,8 @@ from galvatron_megatron.describe.megatron_args import model_from_arguments
 from galvatron_megatron.describe.model import Model
 from galvatron_megatron.describe.model_file import read_model
 from galvatron_megatron.describe.plan_check import check_plan
+from galvatron_megatron.describe.profile_key import shape_digest
+from galvatron_megatron.describe.profile_store import check_directory, list_profiles
 from galvatron_megatron.errors import DescriptionError, PlanError
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.serialization import read_plan
@@ -72,6 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overlap-grad-reduce", action="store_true", help="as Megatron's flag of this name")
     parser.add_argument("--overlap-param-gather", action="store_true", help="as Megatron's flag of this name")
     parser.add_argument(
+        "--profile-dir",
+        type=Path,
+        help="price from the newest profile of the model in this directory (galvatron profile makes it)",
+    )
+    parser.add_argument(
         "--traced",
         action="store_true",
         help="count by tracing the real Megatron layers of the command line (needs torch and megatron-core)",
@@ -90,14 +98,14 @@ def run(arguments: argparse.Namespace) -> int:
     """
     cluster = read_cluster(arguments.cluster, nodes=arguments.nodes)
     model, plan, options, name = _what(arguments, cluster)
-    costs = AnalyticCostModel(model, cluster, options, _traced(arguments, plan) if arguments.traced else None)
-    estimate = estimate_plan(plan, costs)
+    costs = _costs(arguments, model, cluster, plan, options)
+    estimate = _estimate(plan, costs)
     console = Console()
     if arguments.compare is not None:
         other = _checked(read_plan(arguments.compare), model, cluster, str(arguments.compare))
         document = compare_document(
             (name, str(arguments.compare)),
-            (estimate, estimate_plan(other, costs)),
+            (estimate, _estimate(other, costs)),
             (plan.micro_batches, other.micro_batches),
         )
         if arguments.json:
@@ -142,6 +150,41 @@ def _what(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Model, Plan,
         overlap_gradients=arguments.overlap_grad_reduce, overlap_parameters=arguments.overlap_param_gather
     )
     return model, plan, options, words[0]
+
+
+def _costs(
+    arguments: argparse.Namespace, model: Model, cluster: Cluster, plan: Plan, options: RunOptions
+) -> TermCostModel:
+    """The cost model that was asked for: measured, from traced counts, or from closed forms.
+
+    Raises:
+        GalvatronError: the profile or the trace is missing.
+    """
+    if arguments.profile_dir is None:
+        counts = _traced(arguments, plan) if arguments.traced else None
+        return AnalyticCostModel(model, cluster, options, counts)
+    directory = check_directory(arguments.profile_dir)
+    shape = shape_digest(model)
+    for profile in list_profiles(directory):
+        if profile.provenance.model == shape:
+            return MeasuredCostModel(model, cluster, profile, options)
+    raise DescriptionError(
+        f"--profile-dir {directory}: no profile of model {model.name} (shape {shape}); valid: a directory "
+        "in which galvatron profile has measured this model"
+    )
+
+
+def _estimate(plan: Plan, costs: TermCostModel) -> Estimate:
+    """The estimate.
+
+    Raises:
+        PlanError: the profile lacks a part of the plan.
+    """
+    estimate = estimate_plan(plan, costs)
+    if isinstance(costs, MeasuredCostModel) and costs.refusals:
+        what, reason = next(iter(costs.refusals.items()))
+        raise PlanError(f"profile: {what}: {reason}; valid: a plan of what was measured, or no --profile-dir")
+    return estimate
 
 
 def _traced(arguments: argparse.Namespace, plan: Plan) -> CountSource:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from galvatron_megatron.cost.analytic import AnalyticCostModel
+from galvatron_megatron.cost.measured import MeasuredCostModel
 from galvatron_megatron.cost.objective import live_micro_batches, step_seconds
 from galvatron_megatron.cost.protocol import Setting
 from galvatron_megatron.cost.schedule import ChunkWork, ScheduleKind, Simulation, simulate
@@ -13,6 +14,9 @@ from galvatron_megatron.describe.model import Layer
 from galvatron_megatron.errors import PlanError
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.strategy import Strategy
+
+TermCostModel = AnalyticCostModel | MeasuredCostModel
+"""A cost model that also gives the terms of its prices."""
 
 Totals = dict[tuple[str, str], float]
 """(name, source) of a term -> its sum."""
@@ -136,7 +140,7 @@ def plan_setting(plan: Plan) -> Setting:
     )
 
 
-def estimate_plan(plan: Plan, costs: AnalyticCostModel) -> Estimate:
+def estimate_plan(plan: Plan, costs: TermCostModel) -> Estimate:
     """Predicts step time and memory of a plan with the formulas the search optimises.
 
     Args:
@@ -266,7 +270,7 @@ def _terms(totals: Totals) -> tuple[Term, ...]:
 
 
 def _stage(
-    plan: Plan, costs: AnalyticCostModel, setting: Setting, position: int, starts: list[int]
+    plan: Plan, costs: TermCostModel, setting: Setting, position: int, starts: list[int]
 ) -> StageEstimate:
     live = live_micro_batches(plan.pp, position, plan.micro_batches, plan.virtual_stages)
     send = costs.send_seconds(setting)
@@ -324,7 +328,7 @@ def _stage(
 
 
 def _runs(
-    plan: Plan, costs: AnalyticCostModel, index: int, starts: list[int]
+    plan: Plan, costs: TermCostModel, index: int, starts: list[int]
 ) -> Iterator[tuple[tuple[Layer, Strategy], int]]:
     """Runs of consecutive equal layers of one virtual stage: ((layer, strategy), how many)."""
     layers = costs.model.layers[starts[index] : starts[index + 1]]

@@ -8,9 +8,11 @@ import pytest
 
 from galvatron_megatron.cli import main
 from galvatron_megatron.cost.records.values import uniform_plan
-from galvatron_megatron.describe.model_file import read_model
+from galvatron_megatron.describe.model_file import read_model, write_model
+from galvatron_megatron.describe.profile_store import write_profile
 from galvatron_megatron.plan.serialization import write_plan
 from galvatron_megatron.plan.strategy import SequenceParallel, Strategy
+from tests.profiles import small_model, small_profile
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODEL = CONFIGS / "models" / "llama2-7b.yaml"
@@ -123,6 +125,31 @@ def test_bad_requests(
     assert words in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_measured_terms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = small_model()
+    write_model(model, tmp_path / "m.yaml")
+    profiles = tmp_path / "profiles"
+    profiles.mkdir()
+    write_profile(profiles, small_profile(model))
+    plans = []
+    for name, strategy in (("a", Strategy(tp=2, dp=2)), ("b", Strategy(tp=4))):
+        plans.append(str(tmp_path / f"{name}.yaml"))
+        write_plan(uniform_plan(model, strategy, pp=1, micro_batch_size=2, micro_batches=4), plans[-1])
+    files = ["--model", str(tmp_path / "m.yaml"), "--cluster", str(CLUSTER)]
+    files += ["--profile-dir", str(profiles), "--json"]
+    assert main(["estimate", plans[0], *files]) == 0
+    stage = json.loads(capsys.readouterr().out)["stages"][0]
+    assert {term["source"] for term in stage["micro_batch_terms"]} == {"measured"}
+    # Four layers of 2 samples at 3 ms a sample over tp 2, embedding and head at 0.3 ms a sample each.
+    assert stage["micro_batch_seconds"] == pytest.approx(4 * 3e-3 + 2 * 0.6e-3)
+    # tp 4 was not measured.
+    assert main(["estimate", plans[1], *files]) == 2
+    assert capsys.readouterr().err.startswith("galvatron estimate: profile: ")
+    other = [*files[:5], str(tmp_path), "--json"]
+    assert main(["estimate", plans[0], *other]) == 2
+    assert "no profile of model" in capsys.readouterr().err
 
 
 def test_traced_counts_agree_with_closed_forms(capsys: pytest.CaptureFixture[str]) -> None:
