@@ -5,6 +5,7 @@ Only the module of the command that was asked for is imported, so that every com
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; ``sys.argv[1:]`` by default.
 
     Returns:
-        Exit code: 0 success, 2 bad input or impossible request, 130 interrupted.
+        Exit code: 0 success, 2 bad input or impossible request, 130 interrupted,
+        141 nobody reads the output any more.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _OneLineParser(
@@ -60,7 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return arguments.run(arguments)
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Who reads has seen enough (``galvatron ... | head``); nothing may be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except GalvatronError as error:
         print(f"galvatron {arguments.command}: {error}", file=sys.stderr)
         return EXIT_CODE

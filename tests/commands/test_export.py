@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +103,15 @@ def test_shipped_plans_by_name(capsys: pytest.CaptureFixture) -> None:
     assert "--tensor-model-parallel-size" in capsys.readouterr().out
     assert main(["export", name + "s"]) == 2
     assert f"did you mean '{name}'?" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_gets_no_traceback(plan_file: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "galvatron_megatron", "export", str(plan_file)]
+    ended = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/plans").glob("*.yaml")), ids=lambda path: path.stem)
