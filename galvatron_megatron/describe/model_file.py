@@ -147,8 +147,9 @@ def _part_from_dict(kind: type, document: object, where: str) -> object:
     required = [entry.name for entry in fields(kind) if entry.default is MISSING]
     optional = [entry.name for entry in fields(kind) if entry.default is not MISSING]
     mapping = check_keys(document, where, required=required, optional=optional, error=DescriptionError)
+    values = _typed_values(kind, mapping, where)
     try:
-        return kind(**_typed_values(kind, mapping, where))
+        return kind(**values)
     except DescriptionError as error:
         raise DescriptionError(f"{where}: {error}") from None
 

@@ -164,6 +164,15 @@ def test_sequence_length_can_be_changed() -> None:
         ),
         ({"layers": [{"kind": "block", "mlp": {"ffn_hidden_size": 8}}]}, "valid: exactly ['attention', 'mlp']"),
         ({"precision": "fp8"}, "precision: 'fp8'"),
+        ({"layers": [{"kind": ["mlp"]}]}, "kind: ['mlp'] is unknown; valid: attention"),
+        (
+            {"layers": [{"kind": "mlp", "mlp": {"ffn_hidden_size": 8, "gated": 1}}]},
+            ".mlp.gated: 1; valid: of type",
+        ),
+        ({"hidden_size": 16**6000}, "hidden_size: an integer of 24001 bits; valid: an integer from 1 to"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings: -1; valid: an integer >= 0"),
+        ({"hidden_dropout": float("nan")}, "hidden_dropout: nan; valid: a number from 0 to 1"),
+        ({"attention_dropout": 1.5}, "attention_dropout: 1.5; valid: a number from 0 to 1"),
     ],
 )
 def test_bad_documents_are_refused_in_one_line(change: dict, message: str) -> None:
@@ -172,6 +181,8 @@ def test_bad_documents_are_refused_in_one_line(change: dict, message: str) -> No
         model_from_dict(document, "m.yaml")
     assert message in str(caught.value)
     assert str(caught.value).startswith("m.yaml")
+    assert str(caught.value).count("m.yaml") == 1
+    assert "valid: " in str(caught.value)
 
 
 def test_missing_field_is_named() -> None:
