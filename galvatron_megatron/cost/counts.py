@@ -11,11 +11,10 @@ from galvatron_megatron.cost.counts_attention import attention
 from galvatron_megatron.cost.counts_builder import Builder, Shapes
 from galvatron_megatron.cost.counts_ends import embedding, head
 from galvatron_megatron.cost.counts_latent import latent_attention
+from galvatron_megatron.cost.counts_mamba import mamba
 from galvatron_megatron.cost.counts_mlp import mixture_of_experts, mlp
 from galvatron_megatron.cost.counts_values import Collective, LayerCounts, Operator
 from galvatron_megatron.describe.model import Layer, Model
-from galvatron_megatron.errors import DescriptionError
-from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.strategy import Recompute, Strategy
 
 __all__ = ["Collective", "LayerCounts", "Operator", "embedding_counts", "head_counts", "layer_counts"]
@@ -38,17 +37,17 @@ def layer_counts(
         implementation: ``transformer_engine`` or ``local``.
 
     Raises:
-        DescriptionError: a size is not divisible by a degree, or the layer kind has no closed form.
+        DescriptionError: a size is not divisible by a degree, or the layer cannot run so.
     """
     builder = Builder(Shapes(model=model, strategy=strategy, samples=samples, implementation=implementation))
-    if layer.kind is LayerKind.MAMBA:
-        raise DescriptionError("counts layer: no closed form for 'mamba'; valid: trace it")
     if layer.attention is not None:
         (latent_attention if layer.attention.is_latent else attention)(builder, layer.attention)
     if layer.mlp is not None:
         mlp(builder, layer.mlp)
     if layer.experts is not None:
         mixture_of_experts(builder, layer.experts)
+    if layer.mamba is not None:
+        mamba(builder, layer.mamba)
     return builder.counts(input_name=next(iter(builder.kept)))
 
 

@@ -53,6 +53,8 @@ def mixture_of_experts(b: Builder, part: Experts) -> None:
     norm(b, "mlp norm", "mlp input")
     b.keep("mlp norm output", stream * hidden * size)
     b.parameter(part.count * hidden, sharded=False)
+    if part.bias:
+        b.parameter(part.count, sharded=False)
     b.linear("router", stream, part.count, hidden)
     routed = stream * part.top_k
     # Chosen experts and their probabilities, routing map, sorted indices of permutation and its inverse.
@@ -69,7 +71,9 @@ def mixture_of_experts(b: Builder, part: Experts) -> None:
     if part.shared_ffn_hidden_size:
         b.enter_tensor_parallel()
         width = shapes.per_shard(part.shared_ffn_hidden_size, "shared ffn_hidden_size")
-        feed_forward(b, "shared expert", tokens, width, gated=part.gated, bias=part.bias)
+        feed_forward(b, "shared expert", tokens, width, gated=part.gated, bias=False)
+        if part.shared_gate:
+            b.parameter(hidden, sharded=False)
         b.leave_tensor_parallel()
     residual_add(b, "mlp residual")
 

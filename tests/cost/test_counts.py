@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from galvatron_megatron.cost.counts import LayerCounts, embedding_counts, head_counts, layer_counts
 from galvatron_megatron.cost.counts_values import Collective, Operator, gemm
-from galvatron_megatron.describe.model import Attention, Experts, Layer, Mlp, Model
+from galvatron_megatron.describe.model import Attention, Experts, Layer, Mamba, Mlp, Model
 from galvatron_megatron.errors import DescriptionError
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
@@ -44,7 +44,8 @@ LATENT = Layer(
     ),
     mlp=GROUPED.mlp,
 )
-LAYERS = {"block": BLOCK, "grouped": GROUPED, "experts": EXPERTS, "latent": LATENT}
+MAMBA = Layer(kind=LayerKind.MAMBA, mamba=Mamba(state_dim=64, groups=8))
+LAYERS = {"block": BLOCK, "grouped": GROUPED, "experts": EXPERTS, "latent": LATENT, "mamba": MAMBA}
 MEGATRON, ULYSSES = SequenceParallel.MEGATRON, SequenceParallel.ULYSSES
 
 
@@ -111,6 +112,20 @@ def test_parameters_of_a_block_are_the_known_ones() -> None:
     padded = model().padded_vocab_size(2)
     assert [end.parameters_sharded for end in ends] == [padded * HIDDEN // 2] * 2
     assert [end.parameters_replicated for end in ends] == [SEQ * HIDDEN, 2 * HIDDEN]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("normalization", ["LayerNorm", "RMSNorm"])
+def test_parameters_are_those_of_the_description(name: str, normalization: str) -> None:
+    layer = LAYERS[name]
+    counts = layer_counts(model(layer, normalization=normalization), layer, Strategy(), 1)
+    assert counts.parameters == layer.parameter_count(HIDDEN, normalization)
+
+
+def test_mamba_runs_over_the_whole_sequence() -> None:
+    for strategy in (Strategy(cp=2), Strategy(tp=2, sequence_parallel=ULYSSES)):
+        with pytest.raises(DescriptionError, match="whole sequence"):
+            layer_counts(model(MAMBA), MAMBA, strategy, 1)
 
 
 def test_logits_are_kept_in_fp32() -> None:
@@ -182,7 +197,8 @@ def test_recomputation_trades_bytes_for_flops(name: str, tp: int, recompute: Rec
     assert counts.flops() >= plain.flops()
     assert counts.flops("forward") == plain.flops("forward")
     assert counts.parameters == plain.parameters
-    assert (counts.flops("recompute") > 0) == (recompute is not Recompute.NONE)
+    repeats = recompute is Recompute.FULL or (recompute is Recompute.SELECTIVE and layer.attention is not None)
+    assert (counts.flops("recompute") > 0) == repeats
     again = [c for c in counts.collectives if c.phase == "recompute"]
     assert len(again) == (
         sum(c.phase == "forward" for c in plain.collectives) if recompute is Recompute.FULL else 0
