@@ -231,13 +231,20 @@ def _describe_content(original: Callable[..., dict]) -> Callable[..., dict]:
 
 def _can_reshard(args: Any) -> bool:
     """Whether the states of a stock job fit the form that every plan can load."""
+    in_the_way = (
+        "use_precision_aware_optimizer",
+        "optimizer_cpu_offload",
+        "use_megatron_fsdp",
+        "use_torch_fsdp2",
+        "num_experts",
+        "mtp_num_layers",
+        "fp8",
+        "fp4",
+    )
     return (
         args.optimizer == "adam"
         and args.ckpt_format == "torch_dist"
-        and not args.use_precision_aware_optimizer
-        and not args.optimizer_cpu_offload
-        and not args.use_megatron_fsdp
-        and not args.use_torch_fsdp2
+        and not any(getattr(args, name, None) for name in in_the_way)
     )
 
 
