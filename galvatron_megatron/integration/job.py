@@ -78,7 +78,8 @@ class PlannedJob:
         Raises:
             GalvatronError: the plan cannot run here.
         """
-        if not runs_on_stock_megatron(self.decision.plan):
+        # Also a plan that Megatron runs by itself: what it saves must load under the plan of a later job.
+        if not runs_on_stock_megatron(self.decision.plan) or args.save or args.load:
             from galvatron_megatron.runtime import attach
 
             self._channel.share(lambda: attach.check_supported(self.decision.plan, args))
