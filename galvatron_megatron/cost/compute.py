@@ -68,6 +68,12 @@ def gemm_utilization(batch: int, m: int, n: int, k: int, processors: int) -> flo
     return min(best, 1.0)
 
 
+@lru_cache(maxsize=64)
+def _measured_gemms(device: Device) -> dict[tuple[int, ...], float]:
+    """Shape -> measured fraction of the peak."""
+    return {entry[:4]: entry[4] for entry in device.gemm_efficiencies}
+
+
 def operator_seconds(operator: Operator, device: Device, constants: Constants, precision: str) -> float:
     """Device time of ONE execution of an operator.
 
@@ -84,7 +90,10 @@ def operator_seconds(operator: Operator, device: Device, constants: Constants, p
     compute = 0.0
     peak = device.peak_flops(precision)
     if operator.kind == "gemm":
-        rate = peak * constants.gemm_efficiency * gemm_utilization(*operator.shape, device.processors)
+        efficiency = _measured_gemms(device).get(operator.shape) if device.gemm_efficiencies else None
+        if efficiency is None:
+            efficiency = constants.gemm_efficiency * gemm_utilization(*operator.shape, device.processors)
+        rate = peak * efficiency
         compute = operator.flops / rate
     elif operator.kind == "attention":
         # The counts hold all pairs of positions; a causal kernel skips the masked half.

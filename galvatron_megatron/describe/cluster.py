@@ -48,9 +48,18 @@ class Device:
     """Device memory bandwidth in 1e9 bytes per second."""
     processors: int = 108
     """Streaming multiprocessors: decides how matrix tiles fill the device in waves."""
+    gemm_efficiencies: tuple[tuple[int, int, int, int, float], ...] = ()
+    """(batch, m, n, k, fraction of the matrix peak) of GEMM shapes that were measured; other shapes are
+    modelled."""
 
     def __post_init__(self) -> None:
         _check_numbers(self, "cluster device")
+        for entry in self.gemm_efficiencies:
+            sizes = len(entry) == 5 and all(type(size) is int and size > 0 for size in entry[:4])
+            if not sizes or type(entry[4]) not in (int, float) or not 0 < entry[4] <= 1:
+                raise DescriptionError(
+                    f"cluster device.gemm_efficiencies: {entry!r}; valid: batch, m, n, k, fraction of peak"
+                )
 
     @property
     def memory_bytes(self) -> int:
@@ -232,6 +241,10 @@ def _build(kind: type, content: object, where: str) -> object:
         values["group_efficiency"] = tuple(
             sorted(sizes, key=lambda size: size[0] if type(size[0]) is int else 0)
         )
+    if isinstance(values.get("gemm_efficiencies"), list):
+        values["gemm_efficiencies"] = tuple(
+            tuple(entry) if isinstance(entry, list) else (entry,) for entry in values["gemm_efficiencies"]
+        )
     if "sources" in values:
         if not isinstance(values["sources"], list):
             raise DescriptionError(f"{where}: sources is not a list; valid: a list of lines")
@@ -275,5 +288,6 @@ def cluster_document(cluster: Cluster) -> str:
     content = asdict(cluster)
     for link in ("intra_node", "inter_node"):
         content[link]["group_efficiency"] = dict(content[link]["group_efficiency"])
+    content["device"]["gemm_efficiencies"] = [list(entry) for entry in content["device"]["gemm_efficiencies"]]
     content["sources"] = list(content["sources"])
     return yaml.safe_dump(content, sort_keys=False, width=110)

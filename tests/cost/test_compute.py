@@ -56,6 +56,17 @@ def test_operator_is_bound_by_compute_or_traffic() -> None:
     assert operator_seconds(big, place.device, constants, "fp32") > 10 * seconds
 
 
+def test_measured_shapes_stand_for_themselves() -> None:
+    place = cluster("a100-80g")
+    device = replace(place.device, gemm_efficiencies=((1, 4096, 4096, 4096, 0.4),))
+    constants = replace(place.constants, kernel_us=0.0)
+    known = gemm("known", "forward", 1, 4096, 4096, 4096, element_bytes=2)
+    other = gemm("other", "forward", 1, 4096, 4096, 8192, element_bytes=2)
+    assert operator_seconds(known, device, constants, "bf16") == pytest.approx(2 * 4096**3 / (312e12 * 0.4))
+    modelled = operator_seconds(other, place.device, constants, "bf16")
+    assert operator_seconds(other, device, constants, "bf16") == modelled
+
+
 def test_small_operators_wait_for_the_host() -> None:
     place = cluster("a100-80g")
     constants = replace(place.constants, host_us=50.0, kernel_us=1.0)

@@ -55,7 +55,8 @@ def test_the_seven_clusters_are_shipped() -> None:
 
 def test_document_round_trip(tmp_path: Path) -> None:
     link = Link(gb_per_second=100, latency_us=5, group_efficiency=((2, 0.3), (4, 0.6)))
-    cluster = small_cluster(intra_node=link, sources=("a datasheet",))
+    device = replace(small_cluster().device, gemm_efficiencies=((1, 128, 256, 512, 0.5),))
+    cluster = small_cluster(device=device, intra_node=link, sources=("a datasheet",))
     path = tmp_path / "c.yaml"
     path.write_text(cluster_document(cluster))
     assert read_cluster(path) == cluster
@@ -121,6 +122,12 @@ def test_odd_values_are_refused_in_one_line(tmp_path: Path, change: tuple[str, s
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DescriptionError, match="No such file"):
         read_cluster(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("entry", [(1, 2, 3, 0.5), (1, 2, 3, 0, 0.5), (1, 2, 3, 4, 1.5), (1, 2, 3, 4, "fast")])
+def test_measured_shapes_are_checked(entry: tuple) -> None:
+    with pytest.raises(DescriptionError, match="gemm_efficiencies"):
+        replace(small_cluster().device, gemm_efficiencies=(entry,))
 
 
 @pytest.mark.parametrize("value", [0, -1, "4", True, 1.5])
