@@ -172,11 +172,14 @@ class _Run:
                 relaxed = bound * branch.outer.global_batch_size - self.outside
                 for candidate in branch.useful_bases(virtual):
                     lower = self.per_sample(branch.base_bound(relaxed, virtual, candidate), branch)
-                    heappush(heap, (max(bound, lower), next(ticket), branch, virtual, candidate))
+                    heappush(heap, (max(bound, lower), next(ticket), branch, virtual, (candidate, False)))
+            elif not base[1]:
+                lower = self.per_sample(branch.placed_bound(virtual, base[0], cutoff), branch)
+                heappush(heap, (max(bound, lower), next(ticket), branch, virtual, (base[0], True)))
             else:
                 self.done += 1
                 self.solved += 1
-                plan = branch.solve(virtual, base, cutoff)
+                plan = branch.solve(virtual, base[0], cutoff)
                 if plan is not None:
                     self.keep(plan)
         self.open_bound = np.inf
