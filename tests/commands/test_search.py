@@ -1,0 +1,102 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from galvatron_megatron.cli import main
+from galvatron_megatron.plan.serialization import plan_from_dict, read_plan
+
+PROFILE = Path(__file__).parent.parent / "data" / "galvatron_a100_8gpu"
+SMALL = [
+    "search",
+    "--model",
+    "gpt3-350m",
+    "--cluster",
+    "a100-80g",
+    "--nodes",
+    "1",
+    "--global-batch-size",
+    "16",
+    "--no-context-parallel",
+    "--max-zero",
+    "1",
+]
+
+
+def test_json_has_the_plan_and_what_is_predicted(capsys, tmp_path):
+    assert main([*SMALL, "--json", "--output", str(tmp_path / "plan.yaml")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    plan = plan_from_dict(found["plan"])
+    assert plan == read_plan(tmp_path / "plan.yaml")
+    assert plan.world_size == 8 and plan.global_batch_size == 16
+    assert len(found["predicted"]["memory_gb"]) == plan.pp
+    assert found["predicted"]["step_seconds"] > 0 and found["search_seconds"] > 0 and found["gap"] == 0
+    assert found["best_uniform"]["step_seconds"] >= found["predicted"]["step_seconds"] * (1 - 1e-12)
+    assert isinstance(found["runners_up"], list)
+
+
+def test_prints_a_table_and_an_explanation(capsys):
+    assert main([*SMALL, "--explain", "--no-interleaving"]) == 0
+    shown = capsys.readouterr().out
+    for words in ("proven fastest", "best uniform", "binding:", "one more node", "1 GB more memory"):
+        assert words in shown
+
+
+def test_shows_the_space(capsys):
+    assert main([*SMALL, "--show-space"]) == 0
+    shown = capsys.readouterr().out
+    assert "decision tree" in shown and "tp_heads" in shown
+
+
+def test_hand_made_decisions_are_kept(capsys):
+    assert main([*SMALL, "--json", "--tp", "2", "--pp", "2", "--recompute", "full"]) == 0
+    plan = plan_from_dict(json.loads(capsys.readouterr().out)["plan"])
+    assert plan.pp == 2 and {s.tp for s in plan.strategies} == {2}
+
+
+def test_galvatron_profiles_and_strategy_files(capsys, tmp_path):
+    out = tmp_path / "galvatron_config.json"
+    words = [
+        "search",
+        "--model",
+        "llama2-7b",
+        "--cluster",
+        "a100-80g",
+        "--seq-length",
+        "2048",
+        "--memory-gb",
+        "36",
+        "--global-batch-size",
+        "16",
+        "--galvatron-profile",
+        str(PROFILE),
+        "--no-interleaving",
+        "--pp",
+        "1",
+        "--sequence-parallel",
+        "megatron",
+        "--zero",
+        "3",
+        "--galvatron-config",
+        str(out),
+    ]
+    assert main(words) == 0
+    assert json.loads(out.read_text())["global_bsz"] == 16
+    assert "proven fastest" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--memory-gb", "0"], "--memory-gb"),
+        (["--memory-gb", "nan"], "--memory-gb"),
+        (["--memory-gb", "0.5"], "lacks"),
+        (["--global-batch-size", "x"], "--global-batch-size"),
+        (["--pp", "5"], "fixed by hand"),
+        (["--galvatron-profile", "/nonexistent"], "no such directory"),
+    ],
+)
+def test_impossible_requests_end_in_one_line(capsys, words, message):
+    assert main([*SMALL, *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.strip().splitlines()) == 1

@@ -1,0 +1,132 @@
+"""Every rule of the decision tree by itself."""
+
+from dataclasses import replace
+
+import pytest
+from random_costs import tiny_model
+
+from galvatron_megatron.describe.model import Attention, Experts, Layer
+from galvatron_megatron.errors import SearchError
+from galvatron_megatron.plan.constraints import Constraints
+from galvatron_megatron.plan.layer_kind import LayerKind
+from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
+from galvatron_megatron.search.decision_tree import RULES, Space, divisors, tp_rule
+from galvatron_megatron.search.request import SearchRequest
+
+
+def request(**changes) -> SearchRequest:
+    values = {
+        "model": tiny_model([0] * 8),
+        "world_size": 12,
+        "devices_per_node": 6,
+        "memory_bytes": 1000,
+        "global_batch_size": 24,
+        **changes,
+    }
+    return SearchRequest(**values)
+
+
+def strategies(case: SearchRequest, pp: int = 1):
+    space = Space(request=case)
+    outer = next(outer for outer in space.outers() if outer.pp == pp)
+    return space, space.strategies(case.model.layers[0], outer)
+
+
+def test_degrees_are_divisors_not_powers_of_two():
+    assert divisors(12) == (1, 2, 3, 4, 6, 12)
+    space, found = strategies(request())
+    assert {s.tp for s in found} == {1, 2, 3, 6}
+    assert {outer.pp for outer in space.outers()} == {1, 2, 3, 4, 6}
+    assert all(s.ranks == 12 for s in found)
+
+
+def test_tp_stays_in_a_node_unless_asked():
+    space, found = strategies(request())
+    assert max(s.tp for s in found) == 6 and space.cuts["tp_node"] > 0
+    assert max(s.tp for s in strategies(request(tp_across_nodes=True))[1]) == 12
+
+
+def test_micro_batches_and_samples_divide_exactly():
+    space = Space(request=request(global_batch_size=10))
+    for outer in space.outers():
+        assert outer.samples * outer.micro_batches == 10
+        for base in space.bases(outer):
+            assert outer.samples % base.dp == 0
+        for strategy in space.strategies(space.request.model.layers[0], outer):
+            assert outer.samples % strategy.dp == 0
+    assert space.cuts["batch"] > 0 and space.cuts["dp_samples"] > 0
+
+
+def test_switches_limit_the_space():
+    _, found = strategies(
+        request(max_zero=0, allow_cp=False, allow_ulysses=False, recompute_kinds=(Recompute.NONE,))
+    )
+    assert {(s.zero, s.cp, s.recompute) for s in found} == {(0, 1, Recompute.NONE)}
+    assert SequenceParallel.ULYSSES not in {s.sequence_parallel for s in found}
+
+
+def test_zero_needs_replicas():
+    space, found = strategies(request(world_size=6, allow_cp=False, allow_ulysses=False))
+    assert {s.zero for s in found if s.tp == 6} == {0} and space.cuts["zero_replicas"] > 0
+
+
+def test_selective_recomputation_is_useless_with_fused_attention():
+    assert Recompute.SELECTIVE not in {s.recompute for s in strategies(request())[1]}
+    unfused = request(model=tiny_model([0] * 8, fused_attention=False))
+    assert Recompute.SELECTIVE in {s.recompute for s in strategies(unfused)[1]}
+
+
+def test_interleaving_needs_groups_of_micro_batches_and_layers():
+    space = Space(request=request())
+    for outer in space.outers():
+        for virtual in space.virtual_stages(outer):
+            assert virtual == 1 or (
+                outer.pp > 1 and outer.micro_batches % outer.pp == 0 and virtual * outer.pp <= 8
+            )
+    assert not any(
+        v > 1
+        for o in space.outers()
+        for v in Space(request=request(allow_interleaving=False)).virtual_stages(o)
+    )
+
+
+def test_sequence_is_split_evenly_and_not_too_thin():
+    _, found = strategies(request(model=tiny_model([0] * 8, seq_length=1024), min_tokens_per_rank=300))
+    for strategy in found:
+        parts = strategy.cp * (strategy.tp if strategy.sequence_parallel is not SequenceParallel.NONE else 1)
+        assert parts == 1 or 1024 // parts >= 300
+
+
+def test_tp_rules_know_heads_groups_and_experts():
+    model = tiny_model([0])
+    grouped = Layer(
+        kind=LayerKind.MOE_BLOCK,
+        attention=Attention(heads=12, query_groups=4, head_dim=4),
+        experts=Experts(count=4, top_k=1, ffn_hidden_size=24),
+    )
+    megatron, ulysses, none = SequenceParallel.MEGATRON, SequenceParallel.ULYSSES, SequenceParallel.NONE
+    assert tp_rule(grouped, model, 3, megatron) == "tp_heads"
+    assert tp_rule(grouped, model, 12, megatron) is None
+    assert tp_rule(grouped, model, 12, ulysses) == "ulysses_heads"
+    assert tp_rule(grouped, model, 4, none) == "sp_experts"
+    narrow = replace(grouped, experts=Experts(count=4, top_k=1, ffn_hidden_size=25))
+    assert tp_rule(narrow, model, 4, megatron) == "tp_width"
+
+
+def test_fixed_decisions_hold_for_every_strategy():
+    space, found = strategies(request(constraints=Constraints(tp=2, zero=1, recompute=Recompute.FULL)))
+    assert {(s.tp, s.zero, s.recompute) for s in found} == {(2, 1, Recompute.FULL)}
+    assert all(space.cuts[name] for name in ("tp_fixed", "zero_allowed"))
+
+
+def test_an_empty_space_says_which_rule_emptied_it():
+    with pytest.raises(SearchError, match=r"pipeline degree is fixed|fixed by hand"):
+        Space(request=request(constraints=Constraints(pp=5))).outers()
+
+
+def test_every_cut_has_a_reason():
+    space = Space(request=request())
+    for outer in space.outers():
+        space.virtual_stages(outer)
+        space.strategies(space.request.model.layers[0], outer)
+    assert set(space.cuts) <= set(RULES)

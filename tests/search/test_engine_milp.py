@@ -1,0 +1,62 @@
+"""The engine equals an independent mixed-integer program on instances of 12 to 32 layers."""
+
+import math
+import random
+
+import pytest
+from milp import milp_step_seconds
+from random_costs import RandomCosts, tiny_model
+
+from galvatron_megatron.errors import SearchError
+from galvatron_megatron.plan.constraints import Constraints
+from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
+from galvatron_megatron.search.decision_tree import Space, setting_of
+from galvatron_megatron.search.engine import search
+from galvatron_megatron.search.request import SearchRequest
+
+
+def instance(seed: int):
+    generator = random.Random(seed)
+    pp = (1, 1, 2, 3)[seed % 4]
+    layers = generator.randint(12, {1: 32, 2: 18, 3: 13}[pp])
+    kinds = [generator.randint(0, 1 + seed % 2) for _ in range(3)]
+    pattern = (
+        [kinds[i * 3 // layers] for i in range(layers)] if seed % 3 else [kinds[i % 2] for i in range(layers)]
+    )
+    model = tiny_model(pattern)
+    request = SearchRequest(
+        model=model,
+        world_size=2 * pp,
+        devices_per_node=2 * pp,
+        memory_bytes=generator.randint(25, 45) * layers // pp + 120,
+        global_batch_size=2 * generator.choice([1, 2, 4]),
+        constraints=Constraints(pp=pp, micro_batch_size=1, virtual_stages=1, zero=0),
+        recompute_kinds=(Recompute.NONE, Recompute.FULL),
+        allow_sequence_parallel=False,
+        allow_ulysses=False,
+        allow_cp=False,
+    )
+    costs = RandomCosts(
+        model, seed, reshard=generator.choice([0.05, 0.3, 1.0]), sync=generator.choice([0.1, 1.0]), trade=True
+    )
+    return request, costs
+
+
+@pytest.mark.parametrize("seed", range(32))
+def test_equals_mixed_integer_program(seed):
+    request, costs = instance(seed)
+    space = Space(request=request)
+    wanted = min(
+        milp_step_seconds(request, costs, space, outer, setting_of(outer, 1, base))
+        for outer in space.outers()
+        for base in space.bases(outer)
+        if base.sequence_parallel is SequenceParallel.NONE
+    )
+    if math.isinf(wanted):
+        with pytest.raises(SearchError):
+            search(request, costs)
+        return
+    result = search(request, costs)
+    assert result.step_seconds == pytest.approx(wanted, rel=1e-7)
+    assert result.step_seconds <= wanted * (1 + 1e-9)
+    assert max(result.memory_bytes) <= request.memory_bytes
