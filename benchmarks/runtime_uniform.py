@@ -109,6 +109,7 @@ def measure(options: argparse.Namespace) -> None:
     from megatron.core.enums import ModelType
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.rerun_state_machine import RerunDataIterator
     from megatron.core.utils import get_model_config
     from megatron.training import training
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
@@ -200,7 +201,14 @@ def measure(options: argparse.Namespace) -> None:
             dist.barrier()
             begin = time.perf_counter()
             result = training.train_step(
-                forward_step, batches(step), model, optimizer, scheduler, config, step_func, iteration=step
+                forward_step,
+                RerunDataIterator(batches(step)),
+                model,
+                optimizer,
+                scheduler,
+                config,
+                step_func,
+                iteration=step,
             )
             torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - begin)

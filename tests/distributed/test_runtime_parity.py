@@ -102,6 +102,26 @@ def test_a_mistake_is_noticed(ranks, mistake):
         assert_same_training(seen, references(ranks)["modern"], slice(0, SHORT), weights=False)
 
 
+def test_a_uniform_plan_changes_no_bit(ranks):
+    stock, attached = (
+        ranks(4).run(
+            train,
+            case(
+                "uniform",
+                "modern",
+                "tp2 zero1",
+                ["tp2 zero1"] * 4,
+                arguments={"train-iters": SHORT},
+                detached=detached,
+            ),
+        )[0]
+        for detached in (True, False)
+    )
+    assert attached["losses"] == stock["losses"]
+    assert attached["norms"] == stock["norms"]
+    assert all((attached["weights"][name] == value).all() for name, value in stock["weights"].items())
+
+
 @pytest.mark.parametrize("words", ["tp2+megatron", "tp4", "tp2+ulysses"])
 def test_dropout_is_repeated_by_recomputation(ranks, words):
     arguments = {"hidden-dropout": 0.1, "attention-dropout": 0.1, "train-iters": SHORT}
