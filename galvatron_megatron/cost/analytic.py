@@ -227,6 +227,7 @@ class AnalyticCostModel:
             setting.micro_batches,
             shared_weight=counts.parameters_sharded if tied and setting.pp == 1 else 0,
             copied_weight=counts.parameters_sharded if tied and setting.pp > 1 else 0,
+            copy_stride=setting.base.ranks * (setting.pp - 1),
         )
 
     def _price(
@@ -237,6 +238,7 @@ class AnalyticCostModel:
         *,
         shared_weight: int = 0,
         copied_weight: int = 0,
+        copy_stride: int = 1,
     ) -> PricedLayer:
         """Prices counts.
 
@@ -246,6 +248,7 @@ class AnalyticCostModel:
             micro_batches: per step.
             shared_weight: parameters that are the embedding's own (tied, same rank): no state of their own.
             copied_weight: parameters kept equal with the first stage's by one more all-reduce.
+            copy_stride: distance between the first and the last stage's ranks.
         """
         cluster, constants = self.cluster, self.cluster.constants
         precision = self.model.precision
@@ -287,7 +290,7 @@ class AnalyticCostModel:
             sync.append(
                 Term(
                     name="tied embedding gradient",
-                    value=collective_seconds("all_reduce", size, 2, cluster.devices_per_node, cluster),
+                    value=collective_seconds("all_reduce", size, 2, copy_stride, cluster),
                 )
             )
         state = state_bytes(parameters, strategy.zero, replicas, element)
