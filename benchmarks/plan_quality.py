@@ -105,7 +105,8 @@ def measured_seconds(plan: Plan, options: argparse.Namespace, folder: Path) -> f
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(options.ranks)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "launch/pretrain_small.py"]
     command += [*model_words(options), "--micro-batch-size", str(plan.micro_batch_size)]
-    command += ["--train-iters", str(options.iterations), "--eval-iters", "0", "--log-interval", "1000"]
+    command += ["--train-iters", str(options.iterations), "--eval-iters", "0"]
+    command += ["--eval-interval", "1000", "--log-interval", "1000"]
     command += ["--galvatron-plan", str(file), "--galvatron-device", "cpu", "--galvatron-report", str(report)]
     done = subprocess.run(
         under_lock(options, command), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900
@@ -158,7 +159,8 @@ def main() -> int:
             for index in order:
                 measured[index].append(measured_seconds(plans[index], options, folder))
                 print(
-                    f"round {turn + 1}: {describe(plans[index])}: {measured[index][-1] * 1e3:.1f} ms",
+                    f"round {turn + 1}: {describe(plans[index])}: {measured[index][-1] * 1e3:.1f} ms, "
+                    f"predicted {predicted[index] * 1e3:.1f} ms",
                     flush=True,
                 )
     show(plans, predicted, [statistics.median(times) for times in measured])

@@ -90,13 +90,15 @@ def _operation(collective: str, group: dist.ProcessGroup, count: int) -> Callabl
     if collective == "broadcast":
         return lambda: dist.broadcast(whole, src=source, group=group)
     peer = dist.get_global_rank(group, 1 - position)
+    answer = torch.zeros(1, device="cuda")
 
-    def there_and_back() -> None:
+    def there_and_a_word_back() -> None:
+        # All pairs send in one direction at a time, as the stages of a pipeline do: they share the link.
         first, second = (dist.isend, dist.irecv) if position == 0 else (dist.irecv, dist.isend)
         first(whole, peer, group=group).wait()
-        second(whole, peer, group=group).wait()
+        second(answer, peer, group=group).wait()
 
-    return there_and_back
+    return there_and_a_word_back
 
 
 def _measure_size(
@@ -165,9 +167,10 @@ def measure_curve(
         if contention or mine is groups[0]:
             operation = _operation(collective, handle, count)
             seconds = _measure_size(operation, clock, handle, seconds_per_size)
-            if collective == "send":
-                seconds /= 2
         times.append(seconds)
+    if collective == "send":
+        # The word back takes as long as the shortest message there.
+        times = [seconds - times[0] / 2 for seconds in times]
     by_rank = gather(times)
     for group in handles:
         if rank in dist.get_process_group_ranks(group):

@@ -19,25 +19,24 @@ def undisturbed(samples: Sequence[float]) -> tuple[float, float]:
 
 
 def latency_bandwidth(points: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
-    """Fits seconds = latency + bytes * slope, with equal weight on the relative error of every point.
+    """Fits seconds = latency + bytes * slope.
+
+    The slope is that between the two largest messages, where bandwidth alone decides (on the way there, buffers
+    let messages pass faster than the link can carry on). The latency then has the least relative error over
+    all points.
 
     Args:
-        points: (bytes, seconds), seconds > 0.
+        points: (bytes, seconds) by rising size, seconds > 0.
 
     Returns:
         Latency in seconds (>= 0), slope in seconds per byte (>= 0), and the root mean square relative error.
     """
     sizes = np.array([size for size, _ in points], dtype=float)
     times = np.array([seconds for _, seconds in points], dtype=float)
-    design = np.stack([1 / times, sizes / times], axis=1)
-    target = np.ones(len(times))
-    if len(points) == 1:
-        return float(times[0]), 0.0, 0.0
-    latency, slope = np.linalg.lstsq(design, target, rcond=None)[0]
-    if slope < 0:
-        latency, slope = 1 / np.mean(1 / times), 0.0
-    elif latency < 0:
-        ratio = sizes / times
-        latency, slope = 0.0, float(ratio.sum() / (ratio @ ratio))
-    error = design @ np.array([latency, slope]) - target
-    return float(latency), float(slope), float(np.sqrt(np.mean(error**2)))
+    slope = 0.0
+    if len(points) > 1:
+        slope = max(0.0, float((times[-1] - times[-2]) / (sizes[-1] - sizes[-2])))
+    weights = 1 / times
+    latency = max(0.0, float((weights * (1 - slope * sizes * weights)).sum() / (weights**2).sum()))
+    error = (latency + slope * sizes) * weights - 1
+    return latency, slope, float(np.sqrt(np.mean(error**2)))

@@ -52,6 +52,8 @@ MOST_LAYERS = 2
 """Layers in memory at most: a layer's weights then leave the processor's caches as in a real model."""
 ROUNDS = 2
 """How often every setting is measured, with all others of its model in between."""
+LEAST_LARGEST_BYTES = 4 << 20
+"""Every curve reaches this far, where bandwidth and not latency decides."""
 LARGEST_CPU_BYTES = 32 << 20
 LARGEST_GPU_BYTES = 1 << 30
 
@@ -289,7 +291,7 @@ class _Run:
             + 48 * len(self.model.layers) * self.model.hidden_size**2
         )
         wanted = activation if collective in ("send", "broadcast") else max(activation, weights)
-        return min(wanted, LARGEST_CPU_BYTES if on_cpu() else LARGEST_GPU_BYTES)
+        return min(max(wanted, LEAST_LARGEST_BYTES), LARGEST_CPU_BYTES if on_cpu() else LARGEST_GPU_BYTES)
 
     def _measure_build(self, item: Build, progress: Progress) -> None:
         name = layer_digest(item.layer)
