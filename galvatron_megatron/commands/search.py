@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--galvatron-profile",
         type=Path,
         metavar="DIR",
-        help="prices from Hetu-Galvatron's profile files; no context parallelism, which they do not hold",
+        help="prices from Hetu-Galvatron's profile files; no context parallelism and no tp without sequence parallelism, which they do not hold",
     )
     limits = parser.add_argument_group("limits of the space")
     limits.add_argument("--uniform", action="store_true", help="only plans that stock Megatron can run")
@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.galvatron_profile, seq_length=model.seq_length, world_size=cluster.world_size
         )
         cost_model = GalvatronCostModel(model, profile)
-        request = replace(request, allow_cp=False)
+        request = replace(request, allow_cp=False, allow_plain_tp=False)
     with _ProgressBar(quiet=arguments.json) as bar:
         result = search(request, cost_model, progress=bar.show)
     marks = Fingerprints(model=model.fingerprint(), cluster=cluster.fingerprint())

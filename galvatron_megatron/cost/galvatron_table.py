@@ -7,7 +7,8 @@ the same weights, overlapped with the last backward pass under the measured slow
 ZeRO 3 gathers parameters in every micro-batch. Memory: measured activations by tp degree; model states are four times
 the fp32 parameters (2 + 2 bytes of 16-bit weights and gradients, 12 of fp32 copies and moments, per parameter).
 
-Not in the tables, hence not priced: context parallelism, selective recomputation, optimizer time.
+Not in the tables, hence not priced: context parallelism, tp without sequence parallelism, selective recomputation,
+optimizer time.
 """
 
 from functools import lru_cache
@@ -77,9 +78,11 @@ class GalvatronCostModel:
         return self._layer(strategy, setting.micro_batch_samples, setting.micro_batches)
 
     def _price_layer(self, strategy: Strategy, samples: int, micro_batches: int) -> LayerCost:
-        if strategy.cp > 1 or strategy.recompute is Recompute.SELECTIVE:
+        plain = strategy.tp > 1 and strategy.sequence_parallel is SequenceParallel.NONE
+        if strategy.cp > 1 or plain or strategy.recompute is Recompute.SELECTIVE:
             raise DescriptionError(
-                f"profile {self.profile.name}: no prices under {strategy}; valid: cp 1 and recompute none or full"
+                f"profile {self.profile.name}: no prices under {strategy}; valid: cp 1, recompute none or full, and "
+                "sequence parallelism with every tp above 1"
             )
         profile, tp = self.profile, strategy.tp
         batch = samples // strategy.dp

@@ -189,7 +189,9 @@ class Space:
             return kind is fixed
         if kind is SequenceParallel.MEGATRON:
             return self.request.allow_sequence_parallel
-        return kind is not SequenceParallel.ULYSSES or self.request.allow_ulysses
+        if kind is SequenceParallel.ULYSSES:
+            return self.request.allow_ulysses
+        return tp == 1 or self.request.allow_plain_tp
 
     def _sequence_fits(self, kind: SequenceParallel, tp: int, cp: int) -> bool:
         parts = cp * (tp if kind is not SequenceParallel.NONE else 1)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from galvatron_megatron.search.chain import BOUNDARY, BYTES_ROW, SYNC_ROW, Chain
+from galvatron_megatron.search.dual import DualRow, best_dual
 
 _FIRST_WINDOW = 0.002
 _WIDENING = 2.5
@@ -66,6 +67,10 @@ def fastest_assignment(
     lower = solver.lower_bound(whole[:, 0])
     if lower > time_limit:
         return None
+    solver.dual, ascended = best_dual(chain, sequence, position, budget - floor, sync_limit, time_limit)
+    lower = max(lower, ascended)
+    if lower > time_limit:
+        return None
     window = max(lower, 0.0) * _FIRST_WINDOW + 1e-12
     while True:
         allowed = min(time_limit, lower + window)
@@ -92,6 +97,7 @@ class _LabelSetting:
         self.rows = rows
         self.beta = chain.beta[rows, position]
         self.kappa = chain.kappa[rows]
+        self.dual: list[DualRow] = []
 
     def lower_bound(self, whole: np.ndarray) -> float:
         """Bound of the time of the whole sequence from its prices [R]."""
@@ -126,7 +132,7 @@ class _LabelSetting:
             new[2] = labels[2][:, None] + chain.bytes_of(element)[self.position]
             np.maximum(labels[3][:, None], options.transient, out=new[3])
             rest = chain.tail(self.sequence[index + 1 :])[:, self.position, :][:, options.layouts]  # [R, S]
-            keep = self._can_finish(new, rest, limit)
+            keep = self._can_finish(new, rest, limit, index, options.layouts)
             flat = np.flatnonzero(keep)
             if not len(flat):
                 return None
@@ -144,19 +150,25 @@ class _LabelSetting:
         end = int(ends[np.lexsort((labels[2][ends], labels[1][ends], seconds[ends]))[0]])
         return self._trace(end, float(seconds[end]), labels[:, end], history)
 
-    def _can_finish(self, new: np.ndarray, rest: np.ndarray, limit: float) -> np.ndarray:
+    def _can_finish(
+        self, new: np.ndarray, rest: np.ndarray, limit: float, index: int, layouts: np.ndarray
+    ) -> np.ndarray:
         spare = self.budget - new[2] - np.maximum(new[3], self.chain.least_transient)
         keep = spare >= rest[BYTES_ROW]
         if self.limits_sync:
             keep &= new[1] + rest[SYNC_ROW] <= self.sync_limit * (1 + _SLACK)
-        if np.isfinite(limit):
-            for row, beta, kappa in zip(self.rows, self.beta, self.kappa, strict=True):
-                bound = new[0] + rest[row] * (1 - _SLACK)
-                if beta:
-                    bound -= beta * spare + _SLACK * np.abs(beta * spare)
-                if kappa:
-                    bound -= kappa * (self.sync_limit - new[1])
-                keep &= bound <= limit
+        if not np.isfinite(limit):
+            return keep
+        onward = [(row.beta, row.kappa, row.tails[index + 1][layouts]) for row in self.dual]
+        if not onward:
+            onward = [(b, k, rest[r]) for r, b, k in zip(self.rows, self.beta, self.kappa, strict=True)]
+        for beta, kappa, tail in onward:
+            bound = new[0] + tail * (1 - _SLACK)
+            if beta:
+                bound -= beta * spare + _SLACK * np.abs(beta * spare)
+            if kappa:
+                bound -= kappa * (self.sync_limit - new[1])
+            keep &= bound <= limit
         return keep
 
     def _trace(self, end: int, seconds: float, label: np.ndarray, history: list) -> Assignment:

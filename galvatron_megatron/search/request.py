@@ -31,6 +31,8 @@ class SearchRequest:
     max_zero: int = 3
     allow_sequence_parallel: bool = True
     """Megatron's sequence parallelism inside tp groups."""
+    allow_plain_tp: bool = True
+    """Tensor parallelism without splitting the sequence."""
     allow_ulysses: bool = True
     allow_cp: bool = True
     allow_interleaving: bool = True
@@ -45,8 +47,6 @@ class SearchRequest:
     one is chosen: below the uncertainty of the prediction, simple is better. 0 always takes the fastest."""
     runners_up: int = 3
     """How many next-best plans, of other outer decisions, to report."""
-    workers: int = 1
-    """Processes that search; 0 uses every core of the machine where the space is large."""
 
     def __post_init__(self) -> None:
         for name in ("world_size", "devices_per_node", "memory_bytes", "max_virtual_stages"):
@@ -72,7 +72,7 @@ class SearchRequest:
             )
         if not 0 <= self.uniform_margin < 1:
             raise SearchError(f"search uniform_margin: {self.uniform_margin!r}; valid: 0 <= fraction < 1")
-        for name in ("min_tokens_per_rank", "runners_up", "workers"):
+        for name in ("min_tokens_per_rank", "runners_up"):
             value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise SearchError(f"search {name}: {value!r}; valid: an integer >= 0")

@@ -120,6 +120,7 @@ def test_more_memory_never_lowers_throughput_on_galvatron_tables(galvatron):
             memory_bytes=gigabytes * 2**30,
             global_batch_size=16,
             allow_cp=False,
+            allow_plain_tp=False,
             allow_interleaving=False,
         )
         found = search(request, costs).samples_per_second

@@ -18,7 +18,7 @@ from galvatron_megatron.search.request import SearchRequest
 def instance(seed: int):
     generator = random.Random(seed)
     pp = (1, 1, 2, 3)[seed % 4]
-    layers = generator.randint(12, {1: 32, 2: 18, 3: 13}[pp])
+    layers = generator.randint(12, {1: 32, 2: 14, 3: 12}[pp])
     kinds = [generator.randint(0, 1 + seed % 2) for _ in range(3)]
     pattern = (
         [kinds[i * 3 // layers] for i in range(layers)] if seed % 3 else [kinds[i % 2] for i in range(layers)]

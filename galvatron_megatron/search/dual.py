@@ -1,0 +1,163 @@
+"""The best multipliers for one sequence: dual ascent by cutting planes.
+
+The dual function of memory and synchronisation, min over paths of [t + beta (b - B) + kappa (y - Y)], is concave and
+piecewise linear. Every evaluation is one shortest path, whose (t, b - B, y - Y) is a plane above the function; the
+next multipliers maximise the lowest of the planes found so far. A few rounds reach the maximum, which is the linear-
+programming bound of the sequence with its resharding.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from galvatron_megatron.search.chain import BOUNDARY, TIME_ROW, Chain
+
+_ROUNDS = 12
+_CLOSE = 1e-5
+_SAFETY = 1e-12
+_KEPT = 4
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class DualRow:
+    """Cheapest prices of all rests of a sequence under one pair of multipliers."""
+
+    beta: float
+    kappa: float
+    tails: list[np.ndarray]
+    """[n + 1] arrays [K]: price from every layout in front of element i to the end."""
+    value: float
+    """Lower bound of the time of the whole sequence."""
+
+
+def best_dual(
+    chain: Chain,
+    sequence: tuple[int, ...],
+    position: int,
+    spare: float,
+    sync_limit: float,
+    enough: float,
+) -> tuple[list[DualRow], float]:
+    """Maximises the dual function.
+
+    Args:
+        chain: prices.
+        sequence: elements and boundaries.
+        position: class of the pipeline position.
+        spare: bytes for state and live activations.
+        sync_limit: seconds of synchronisation, or infinite.
+        enough: a bound above this many seconds ends the ascent.
+
+    Returns:
+        The best rows found, the best first, and the best bound.
+    """
+    with_sync = bool(np.isfinite(sync_limit))
+    prices = {e: _prices(chain, e, position) for e in set(sequence) if e != BOUNDARY}
+    bytes_scale = max(float(p[1].max()) for p in prices.values()) or 1.0
+    time_scale = max(float(p[0].max()) for p in prices.values()) or 1.0
+    beta_most = 1e3 * time_scale / bytes_scale
+    kappa_most = 1e3
+    fastest = chain.fastest(sequence)
+    planes = [(fastest.seconds, float(fastest.bytes[position]) - spare, fastest.sync - sync_limit if with_sync else 0.0)]
+    rows: list[DualRow] = []
+    best = -np.inf
+    start = chain.beta[TIME_ROW + 1 : TIME_ROW + 2, position]
+    beta, kappa = float(start[0]) if len(start) else 0.0, 0.0
+    for _ in range(_ROUNDS):
+        row, plane = _evaluate(chain, sequence, prices, beta, kappa, spare, sync_limit if with_sync else 0.0)
+        rows.append(row)
+        best = max(best, row.value)
+        planes.append(plane)
+        if best > enough:
+            break
+        beta, kappa, height = _highest(np.array(planes), beta_most, kappa_most if with_sync else 0.0)
+        if height <= best + _CLOSE * abs(best):
+            break
+    rows.sort(key=lambda row: -row.value)
+    return rows[:_KEPT], best
+
+
+def _prices(chain: Chain, element: int, position: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    options = chain.elements[element]
+    return options.seconds, chain.bytes_of(element)[position], options.sync, options.layouts
+
+
+def _evaluate(
+    chain: Chain,
+    sequence: tuple[int, ...],
+    prices: dict,
+    beta: float,
+    kappa: float,
+    spare: float,
+    sync_limit: float,
+) -> tuple[DualRow, tuple[float, float, float]]:
+    """One shortest path: its row and its plane."""
+    reshard, base = chain.reshard, chain.base
+    cheapest, chosen = {}, {}
+    for element, (seconds, bytes_, sync, layouts) in prices.items():
+        price = seconds + beta * bytes_ + kappa * sync
+        order = np.argsort(price, kind="stable")[::-1]
+        least = np.full(len(reshard), np.inf)
+        which = np.zeros(len(reshard), dtype=np.intp)
+        least[layouts[order]] = price[order]  # the cheapest of a layout is written last
+        which[layouts[order]] = order
+        cheapest[element], chosen[element] = least, which
+    tails = [reshard[:, base]]
+    for element in reversed(sequence):
+        onward = tails[-1]
+        if element == BOUNDARY:
+            tails.append(reshard[:, base] + onward[base])
+        else:
+            tails.append((reshard + (cheapest[element] + onward)).min(1))
+    tails.reverse()
+    seconds = bytes_ = sync = 0.0
+    layout = base
+    for index, element in enumerate(sequence):
+        if element == BOUNDARY:
+            seconds += reshard[layout, base]
+            layout = base
+            continue
+        after = int((reshard[layout] + cheapest[element] + tails[index + 1]).argmin())
+        choice = chosen[element][after]
+        price = prices[element]
+        seconds += reshard[layout, after] + price[0][choice]
+        bytes_ += price[1][choice]
+        sync += price[2][choice]
+        layout = after
+    seconds += reshard[layout, base]
+    whole = float(tails[0][base])
+    paid = beta * spare + kappa * sync_limit
+    value = whole - paid - _SAFETY * (whole + abs(paid))
+    row = DualRow(beta=beta, kappa=kappa, tails=tails, value=value)
+    return row, (float(seconds), float(bytes_) - spare, float(sync) - sync_limit)
+
+
+def _highest(planes: np.ndarray, beta_most: float, kappa_most: float) -> tuple[float, float, float]:
+    """Multipliers in the box that maximise the lowest plane t + beta * p + kappa * q, and that height."""
+    planes = np.unique(planes, axis=0)
+    t, p, q = planes.T
+    points = [(0.0, 0.0), (beta_most, 0.0)]
+    count = len(planes)
+    if count > 1:
+        first, second = np.triu_indices(count, 1)
+        dt, dp, dq = t[first] - t[second], p[first] - p[second], q[first] - q[second]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            points += [(b, 0.0) for b in (-dt / dp).tolist() if 0 <= b <= beta_most]
+            if kappa_most:
+                points += [(0.0, k) for k in (-dt / dq).tolist() if 0 <= k <= kappa_most]
+                points += [(0.0, kappa_most), (beta_most, kappa_most)]
+                points += [(beta_most, k) for k in (-(dt + beta_most * dp) / dq).tolist() if 0 <= k <= kappa_most]
+                points += [(b, kappa_most) for b in (-(dt + kappa_most * dq) / dp).tolist() if 0 <= b <= beta_most]
+                # Where three planes meet: two of the pairs that share a plane.
+                i, j = np.triu_indices(len(dt), 1)
+                together = (first[i] == first[j]) | (second[i] == second[j])
+                i, j = i[together], j[together]
+                determinant = dp[i] * dq[j] - dp[j] * dq[i]
+                b = (-dt[i] * dq[j] + dt[j] * dq[i]) / determinant
+                k = (-dp[i] * dt[j] + dp[j] * dt[i]) / determinant
+                inside = (b >= 0) & (b <= beta_most) & (k >= 0) & (k <= kappa_most)
+                points += list(zip(b[inside].tolist(), k[inside].tolist(), strict=True))
+    at = np.array(points)
+    height = (t + at[:, :1] * p + at[:, 1:] * q).min(1)
+    best = int(height.argmax())
+    return float(at[best, 0]), float(at[best, 1]), float(height[best])
