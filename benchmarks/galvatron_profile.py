@@ -30,7 +30,9 @@ def main() -> None:
     profile = read_galvatron_profile(directory, seq_length=2048, world_size=8)
     model = replace(read_model(ROOT / "configs" / "models" / "llama2-7b.yaml"), seq_length=2048)
     costs = GalvatronCostModel(model, profile)
-    print("| GB | samples/s | over uniform | fullest GB | pp, virtual, micro-batches | base | layers | search s |")
+    print(
+        "| GB | samples/s | over uniform | fullest GB | pp, virtual, micro-batches | base | layers | search s |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for gigabytes in MEMORY_GB:
         request = SearchRequest(
@@ -51,7 +53,8 @@ def main() -> None:
         plan = result.plan
         gain = "-" if result.best_uniform is None else f"{result.best_uniform[1] / result.step_seconds - 1:.2%}"
         print(
-            f"| {gigabytes} | {result.samples_per_second:.2f} | {gain} | {max(result.memory_bytes) / 2**30:.2f} | "
+            f"| {gigabytes} | {result.samples_per_second:.2f} | {gain} | "
+            f"{max(result.memory_bytes) / 2**30:.2f} | "
             f"{plan.pp}, {plan.virtual_stages}, {plan.micro_batches} x {plan.micro_batch_size} | {plan.base} | "
             f"{layers_of(plan)} | {result.search_seconds:.2f} |"
         )

@@ -1,8 +1,9 @@
 """Time and memory of the search engine alone: python benchmarks/search.py [--size NAME] [--repeat N]
 
-Every size runs in its own process on one core. The prices of the analytic cost model are recorded in a table first,
-in a search that is not timed; the timed searches read the table, so that the engine is measured and not the cost
-model. "with prices" is the untimed search: engine and cost model together.
+Every size runs in its own process on one core. The prices of the analytic cost model are recorded in a
+table first,
+in a search that is not timed; the timed searches read the table, so that the engine is measured and not
+the cost model. "with prices" is the untimed search: engine and cost model together.
 """
 
 import argparse
@@ -38,7 +39,9 @@ SIZES = {
     "7B-8": Size(model="llama2-7b", layers=32, nodes=1, batch=64, memory_gb=76, limit_seconds=0.5),
     "70B-64": Size(model="llama2-70b", layers=80, nodes=8, batch=256, memory_gb=76, limit_seconds=2),
     "175B-1024": Size(model="gpt3-175b", layers=96, nodes=128, batch=1536, memory_gb=76, limit_seconds=5),
-    "128-layers-16384": Size(model="gpt3-175b", layers=128, nodes=2048, batch=4096, memory_gb=76, limit_seconds=20),
+    "128-layers-16384": Size(
+        model="gpt3-175b", layers=128, nodes=2048, batch=4096, memory_gb=76, limit_seconds=20
+    ),
 }
 
 
@@ -100,8 +103,18 @@ def main() -> None:
         print(json.dumps(measure(arguments.size[0], arguments.repeat)))
         return
     table = Table(title=f"search on one core, median of {arguments.repeat}")
-    for column in ("problem", "engine s", "limit s", "with prices s", "import s", "peak MB", "outer points", "solved",
-                   "layer-wise step s", "uniform step s"):
+    for column in (
+        "problem",
+        "engine s",
+        "limit s",
+        "with prices s",
+        "import s",
+        "peak MB",
+        "outer points",
+        "solved",
+        "layer-wise step s",
+        "uniform step s",
+    ):
         table.add_column(column, justify="right")
     for name in arguments.size or SIZES:
         command = [sys.executable, __file__, "--in-process", "--size", name, "--repeat", str(arguments.repeat)]

@@ -57,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--galvatron-profile",
         type=Path,
         metavar="DIR",
-        help="prices from Hetu-Galvatron's profile files; no context parallelism and no tp without sequence parallelism, which they do not hold",
+        help="prices from Hetu-Galvatron's profile files; without context parallelism and without tp on an "
+        "unsplit sequence, which they do not hold",
     )
     limits = parser.add_argument_group("limits of the space")
     limits.add_argument("--uniform", action="store_true", help="only plans that stock Megatron can run")
@@ -77,7 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--uniform-margin",
         type=float,
         default=0.0,
-        help="prefer the best uniform plan unless a layer-wise one is faster by more than this fraction (default: 0)",
+        help="prefer the best uniform plan unless a layer-wise one is faster by more than this fraction "
+        "(default: 0)",
     )
     output.add_argument("--runners-up", type=int, default=3, help="how many next-best plans to show")
     output.add_argument("--explain", action="store_true", help="what limits the plan and what would help")
@@ -85,7 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json", action="store_true", help="print JSON")
     output.add_argument("--output", type=Path, metavar="FILE", help="write the plan to FILE (.yaml or .json)")
     output.add_argument(
-        "--galvatron-config", type=Path, metavar="FILE", help="write the plan for Hetu-Galvatron (galvatron_config JSON)"
+        "--galvatron-config",
+        type=Path,
+        metavar="FILE",
+        help="write the plan for Hetu-Galvatron (galvatron_config JSON)",
     )
 
 
@@ -136,7 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _request(arguments: argparse.Namespace, model, cluster: Cluster, memory: int) -> SearchRequest:  # noqa: ANN001
+def _request(arguments: argparse.Namespace, model, cluster: Cluster, memory: int) -> SearchRequest:
     kind = arguments.sequence_parallel
     constraints = Constraints(
         tp=arguments.tp,

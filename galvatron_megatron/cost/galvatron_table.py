@@ -1,16 +1,22 @@
 """Prices from Hetu-Galvatron's profile tables.
 
-Time: measured forward time of one sample by local batch, divided by tp, backward twice the forward, recomputation one
-more forward; four tensor-parallel all-reduces per layer and micro-batch (six with recomputation), or eight Ulysses
-all-to-alls (twelve), from the measured time tables. Once per step the gradients are reduced over the ranks that hold
-the same weights, overlapped with the last backward pass under the measured slowdown; ZeRO 2 and 3 reduce them and
-ZeRO 3 gathers parameters in every micro-batch. Memory: measured activations by tp degree; model states are four times
+Time: measured forward time of one sample by local batch, divided by tp, backward twice the forward,
+recomputation one
+more forward; four tensor-parallel all-reduces per layer and micro-batch (six with recomputation), or eight
+Ulysses
+all-to-alls (twelve), from the measured time tables. Once per step the gradients are reduced over the ranks
+that hold
+the same weights, overlapped with the last backward pass under the measured slowdown; ZeRO 2 and 3 reduce
+them and
+ZeRO 3 gathers parameters in every micro-batch. Memory: measured activations by tp degree; model states are
+four times
 the fp32 parameters (2 + 2 bytes of 16-bit weights and gradients, 12 of fp32 copies and moments, per parameter).
 
-Not in the tables, hence not priced: context parallelism, tp without sequence parallelism, selective recomputation,
-optimizer time.
+Not in the tables, hence not priced: context parallelism, tp without sequence parallelism, selective
+recomputation, optimizer time.
 """
 
+import itertools
 from functools import lru_cache
 
 from galvatron_megatron.cost.protocol import LayerCost, Setting
@@ -30,7 +36,7 @@ def interpolated(table: dict[int, float], at: float) -> float:
         return table[keys[0]]
     if at >= keys[-1]:
         return table[keys[-1]] * at / keys[-1]
-    for low, high in zip(keys, keys[1:], strict=False):
+    for low, high in itertools.pairwise(keys):
         if at <= high:
             part = (at - low) / (high - low)
             return table[low] + part * (table[high] - table[low])
@@ -38,7 +44,8 @@ def interpolated(table: dict[int, float], at: float) -> float:
 
 
 def zero_fraction(zero: int, ranks: int) -> float:
-    """Part of the model states that a rank keeps: 16-bit weights, 16-bit gradients and 12 bytes of optimizer."""
+    """Part of the model states that a rank keeps: 16-bit weights, 16-bit gradients and 12 bytes of
+    optimizer."""
     weights, gradients, optimizer = 2 / 16, 2 / 16, 12 / 16
     if zero >= 1:
         optimizer /= ranks
@@ -81,7 +88,8 @@ class GalvatronCostModel:
         plain = strategy.tp > 1 and strategy.sequence_parallel is SequenceParallel.NONE
         if strategy.cp > 1 or plain or strategy.recompute is Recompute.SELECTIVE:
             raise DescriptionError(
-                f"profile {self.profile.name}: no prices under {strategy}; valid: cp 1, recompute none or full, and "
+                f"profile {self.profile.name}: no prices under {strategy}; valid: cp 1, recompute none "
+                f"or full, and "
                 "sequence parallelism with every tp above 1"
             )
         profile, tp = self.profile, strategy.tp
@@ -172,7 +180,9 @@ class GalvatronCostModel:
     def _collective(self, tables: dict[int, dict[int, float]], ranks: int, megabytes: float) -> float:
         if ranks not in tables:
             valid = ", ".join(map(str, sorted(tables)))
-            raise DescriptionError(f"profile {self.profile.name}: no collectives of {ranks} ranks; valid: {valid}")
+            raise DescriptionError(
+                f"profile {self.profile.name}: no collectives of {ranks} ranks; valid: {valid}"
+            )
         return interpolated(tables[ranks], megabytes) * 1e-3
 
     def _end(self, setting: Setting, memory: EndMemory, share: float) -> LayerCost:

@@ -1,4 +1,5 @@
-"""A cost model that looks prices up: for tests, for sharing measured prices, and for timing the search alone."""
+"""A cost model that looks prices up: for tests, for sharing measured prices, and for timing the search
+alone."""
 
 import math
 from collections.abc import Mapping
@@ -21,7 +22,9 @@ def check_price(cost: LayerCost, where: str) -> None:
     for name in _FIELDS:
         value = getattr(cost, name)
         if not math.isfinite(value) or value < 0 or (name.endswith("bytes") and value != int(value)):
-            raise DescriptionError(f"{where}: {name} is {value!r}; valid: a finite number >= 0, whole for bytes")
+            raise DescriptionError(
+                f"{where}: {name} is {value!r}; valid: a finite number >= 0, whole for bytes"
+            )
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -53,10 +56,14 @@ class TableCostModel:
         for name, table in (("reshards", self.reshards), ("sends", self.sends)):
             for key, seconds in table.items():
                 if not math.isfinite(seconds) or seconds < 0:
-                    raise DescriptionError(f"price table {name}: {seconds!r} at {key}; valid: a finite number >= 0")
+                    raise DescriptionError(
+                        f"price table {name}: {seconds!r} at {key}; valid: a finite number >= 0"
+                    )
         for key, amounts in self.overheads.items():
             if any(amount < 0 or amount != int(amount) for amount in amounts):
-                raise DescriptionError(f"price table overheads: {amounts!r} at {key}; valid: whole numbers >= 0")
+                raise DescriptionError(
+                    f"price table overheads: {amounts!r} at {key}; valid: whole numbers >= 0"
+                )
 
     def layer_cost(self, layer: int, strategy: Strategy, setting: Setting) -> LayerCost:
         """Looks a layer up; see :class:`~galvatron_megatron.cost.protocol.CostModel`."""
@@ -71,7 +78,8 @@ class TableCostModel:
         if found is None:
             raise DescriptionError(
                 f"price table: no price of layer {layer} under {strategy} at pp {setting.pp} with "
-                f"{setting.micro_batches} micro-batches of {setting.micro_batch_samples} samples; valid: price it, or "
+                f"{setting.micro_batches} micro-batches of {setting.micro_batch_samples} samples; "
+                f"valid: price it, or "
                 "limit the space to what is priced"
             )
         return found
@@ -79,7 +87,9 @@ class TableCostModel:
     def _end(self, setting: Setting, index: int) -> LayerCost:
         found = self.ends.get(setting)
         if found is None:
-            raise DescriptionError(f"price table: no price of embedding and head under {setting}; valid: price them")
+            raise DescriptionError(
+                f"price table: no price of embedding and head under {setting}; valid: price them"
+            )
         return found[index]
 
     def embedding_cost(self, setting: Setting) -> LayerCost:

@@ -1,7 +1,7 @@
 """Hetu-Galvatron's files: profiles of hardware and model (JSON), and its strategy files, read and written.
 
-Spellings of v2.4 and of the main branch are understood: layer tables with or without a level for the sequence length
-(``layertype_0`` and ``layertype_0_sp``), ``embed_sdp`` and ``vocab_sdp`` in strategy files.
+Spellings of v2.4 and of the main branch are understood: layer tables with or without a level for the
+sequence length (``layertype_0`` and ``layertype_0_sp``), ``embed_sdp`` and ``vocab_sdp`` in strategy files.
 """
 
 import json
@@ -65,7 +65,8 @@ def read_galvatron_profile(directory: Path | str, *, seq_length: int, world_size
     """Reads a directory of profile files.
 
     Args:
-        directory: with ``computation_profiling_*.json``, ``memory_profiling_*.json``, ``allreduce_bandwidth_*.json``,
+        directory: with ``computation_profiling_*.json``, ``memory_profiling_*.json``,
+            ``allreduce_bandwidth_*.json``,
             ``p2p_bandwidth_*.json``, ``sp_time_*.json`` and ``overlap_coefficient.json``.
         seq_length: tokens of a sample; must be one that was profiled.
         world_size: devices; selects the bandwidth files.
@@ -76,14 +77,18 @@ def read_galvatron_profile(directory: Path | str, *, seq_length: int, world_size
     directory = Path(directory)
     if not directory.is_dir():
         raise DescriptionError(f"{directory}: no such directory; valid: a directory of Hetu-Galvatron profiles")
-    times, times_file = _find(directory, "computation_profiling_*.json", f"layertype_0_bsz\\d+_seq{seq_length}$")
+    times, times_file = _find(
+        directory, "computation_profiling_*.json", f"layertype_0_bsz\\d+_seq{seq_length}$"
+    )
     memory, memory_file = _find(directory, "memory_profiling_*.json", "layertype_0(_sp)?$")
     suffix = "_sp" if "layertype_0_sp" in memory else ""
 
     def table(name: str) -> Mapping:
         found = memory.get(name + suffix)
         if not isinstance(found, dict):
-            raise DescriptionError(f"{memory_file}: no {name + suffix!r}; {did_you_mean(name + suffix, memory)}")
+            raise DescriptionError(
+                f"{memory_file}: no {name + suffix!r}; {did_you_mean(name + suffix, memory)}"
+            )
         if "model_states" in found or "parameter_size" in found:
             return found
         if str(seq_length) not in found:
@@ -149,7 +154,9 @@ def _find(directory: Path, pattern: str, key: str) -> tuple[dict, Path]:
         if any(re.match(key, name) for name in document):
             return document, path
     names = ", ".join(path.name for path in files) or "no such file"
-    raise DescriptionError(f"{directory}: no {pattern} with a key like {key!r} ({names}); valid: profile it first")
+    raise DescriptionError(
+        f"{directory}: no {pattern} with a key like {key!r} ({names}); valid: profile it first"
+    )
 
 
 def _machine_file(directory: Path, prefix: str, world_size: int) -> Path:
@@ -212,7 +219,8 @@ def _collective(document: Mapping, name: str, path: Path) -> dict[int, dict[int,
     return {ranks: dict(sorted(times.items())) for ranks, times in found.items()}
 
 
-# ---- strategy files ------------------------------------------------------------------------------------------------
+# ---- strategy files
+# ------------------------------------------------------------------------------------------------
 
 _CONFIG_KEYS = ("pp_deg", "tp_sizes_enc", "dp_types_enc", "checkpoint", "global_bsz", "chunks", "pp_division")
 
@@ -220,8 +228,8 @@ _CONFIG_KEYS = ("pp_deg", "tp_sizes_enc", "dp_types_enc", "checkpoint", "global_
 def read_galvatron_config(path: Path | str, world_size: int) -> Plan:
     """Reads a ``galvatron_config_*.json`` as a plan.
 
-    Tensor parallelism without ``use_sp`` is read as Megatron's with sequence parallelism, as Hetu-Galvatron runs it;
-    ``use_sp`` is Ulysses. ``dp_types_enc`` 1 is ZeRO 3, 0 is ``default_dp_type``.
+    Tensor parallelism without ``use_sp`` is read as Megatron's with sequence parallelism, as
+    Hetu-Galvatron runs it; ``use_sp`` is Ulysses. ``dp_types_enc`` 1 is ZeRO 3, 0 is ``default_dp_type``.
 
     Args:
         path: the file.
@@ -283,7 +291,8 @@ def read_galvatron_config(path: Path | str, world_size: int) -> Plan:
     batch = _whole(document["global_bsz"], path, "global_bsz")
     if batch % (micro_batches * base.dp):
         raise PlanError(
-            f"{path}: global_bsz {batch} is not a multiple of chunks {micro_batches} x vocabulary dp {base.dp}; "
+            f"{path}: global_bsz {batch} is not a multiple of chunks {micro_batches} x vocabulary dp "
+            f"{base.dp}; "
             f"valid: {micro_batches * base.dp * max(1, batch // (micro_batches * base.dp))}"
         )
     rest = iter(layers)
@@ -313,13 +322,17 @@ def galvatron_config(plan: Plan, *, sharded_vocabulary_key: str = "embed_sdp") -
         if strategy.recompute is Recompute.SELECTIVE:
             raise PlanError("plan recompute: Hetu-Galvatron has no selective recomputation; valid: none, full")
         if strategy.tp > 1 and strategy.sequence_parallel is SequenceParallel.NONE:
-            raise PlanError("plan sequence_parallel: Hetu-Galvatron splits the sequence; valid: megatron, ulysses")
+            raise PlanError(
+                "plan sequence_parallel: Hetu-Galvatron splits the sequence; valid: megatron, ulysses"
+            )
     rest = {strategy.zero for strategy in every} - {3}
     if len(rest) > 1 or rest - {0, 2}:
-        raise PlanError(f"plan zero: {sorted(rest)} beside 3; Hetu-Galvatron has one of them; valid: only 0 or only 2")
+        raise PlanError(
+            f"plan zero: {sorted(rest)} beside 3; Hetu-Galvatron has one of them; valid: only 0 or only 2"
+        )
     layers = [layer.strategy for layer in plan.layers]
 
-    def joined(values) -> str:  # noqa: ANN001
+    def joined(values) -> str:
         return ",".join(str(int(value)) for value in values)
 
     found: dict[str, object] = {

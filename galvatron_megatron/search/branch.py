@@ -1,4 +1,5 @@
-"""One branch of the decision tree with its layers priced: pipeline degree, batch and micro-batches are fixed."""
+"""One branch of the decision tree with its layers priced: pipeline degree, batch and micro-batches are
+fixed."""
 
 from functools import cached_property
 
@@ -301,7 +302,9 @@ class Branch:
         micro_batches = self.outer.micro_batches
         least = np.inf
         for spans in self.spans(virtual_stages):
-            problem = PipelineProblem(chain, spans, positions, element_of, micro_batches, cutoff / micro_batches)
+            problem = PipelineProblem(
+                chain, spans, positions, element_of, micro_batches, cutoff / micro_batches
+            )
             least = min(least, problem.lower_bound())
         return least
 

@@ -1,8 +1,8 @@
 """A run of layers as a shortest-path problem, and Lagrangian lower bounds for it.
 
 A *sequence* is what one pipeline rank executes: a tuple of elements (kind of layer, chunk of the rank), with
-``BOUNDARY`` between chunks, where activations return to the base layout. Its price is a path over layouts: every
-element adds the price of the strategy taken, every change of layout the price of resharding.
+``BOUNDARY`` between chunks, where activations return to the base layout. Its price is a path over layouts:
+every element adds the price of the strategy taken, every change of layout the price of resharding.
 
 Memory and synchronisation are resources. For any multipliers beta, kappa >= 0 the cheapest path under the price
 
@@ -147,10 +147,7 @@ class Chain:
                 found = self._moves[:, :, :, self.base] + found[:, :, self.base, None]
             else:
                 onward = self._cost(element) + found
-                if len(self.reshard) > 1:
-                    found = (self._moves + onward[:, :, None, :]).min(3)
-                else:
-                    found = onward
+                found = (self._moves + onward[:, :, None, :]).min(3) if len(self.reshard) > 1 else onward
             self._tails[sequence[index:]] = found
         return found
 

@@ -1,7 +1,8 @@
 """The space of plans as a tree of decisions, with named rules that cut branches.
 
-From the root: global batch, pipeline degree, micro-batches, virtual stages, base layout; then, for every layer on
-its own, tp, sequence parallelism, cp, dp, ZeRO stage and recomputation. Degrees are all divisors, not powers of two
+From the root: global batch, pipeline degree, micro-batches, virtual stages, base layout; then, for every
+layer on its own, tp, sequence parallelism, cp, dp, ZeRO stage and recomputation. Degrees are all divisors, not
+powers of two
 only. Every rule is a function with a name and a reason; ``Space.cuts`` counts what each one removed.
 """
 
@@ -20,7 +21,8 @@ RULES = {
     "pp_layers": "a pipeline has at most one virtual stage per layer",
     "pp_fixed": "the pipeline degree is fixed by hand",
     "virtual_pp": "virtual stages need a pipeline",
-    "virtual_micro_batches": "the interleaved schedule runs micro-batches in groups of pp: pp divides their number",
+    "virtual_micro_batches": "the interleaved schedule runs micro-batches in groups of pp: pp divides "
+    "their number",
     "virtual_layers": "every virtual stage holds a layer",
     "virtual_fixed": "the number of virtual stages is fixed by hand",
     "batch": "micro-batches x micro-batch size x base dp is the global batch exactly",
@@ -30,11 +32,13 @@ RULES = {
     "tp_width": "tp divides the feed-forward width of the layer (of one expert)",
     "tp_fixed": "tp is fixed by hand",
     "sp_allowed": "this kind of sequence parallelism is switched off or another one is fixed by hand",
-    "sp_experts": "experts under tp need the sequence split over the tp group (Megatron refuses them otherwise)",
+    "sp_experts": "experts under tp need the sequence split over the tp group (Megatron refuses them "
+    "otherwise)",
     "ulysses_heads": "Ulysses gives every rank whole heads: tp divides heads and query groups",
     "ulysses_kind": "Ulysses is for attention layers; a Mamba layer scans the whole sequence",
     "ulysses_base": "the base layout is what Megatron's own arguments can say: Ulysses is for layers",
-    "sequence": "a split sequence has equal parts (2 x cp of them for cp) of at least min_tokens_per_rank tokens",
+    "sequence": "a split sequence has equal parts (2 x cp of them for cp) of at least "
+    "min_tokens_per_rank tokens",
     "cp_allowed": "context parallelism is switched off",
     "cp_fixed": "cp is fixed by hand",
     "dp_samples": "dp divides the samples of a micro-batch",

@@ -1,9 +1,11 @@
 """The best multipliers for one sequence: dual ascent by cutting planes.
 
-The dual function of memory and synchronisation, min over paths of [t + beta (b - B) + kappa (y - Y)], is concave and
-piecewise linear. Every evaluation is one shortest path, whose (t, b - B, y - Y) is a plane above the function; the
-next multipliers maximise the lowest of the planes found so far. A few rounds reach the maximum, which is the linear-
-programming bound of the sequence with its resharding.
+The dual function of memory and synchronisation, min over paths of [t + beta (b - B) + kappa (y - Y)], is
+concave and
+piecewise linear. Every evaluation is one shortest path, whose (t, b - B, y - Y) is a plane above the
+function; the
+next multipliers maximise the lowest of the planes found so far. A few rounds reach the maximum, which is
+the linear- programming bound of the sequence with its resharding.
 """
 
 from dataclasses import dataclass
@@ -58,7 +60,13 @@ def best_dual(
     beta_most = 1e3 * time_scale / bytes_scale
     kappa_most = 1e3
     fastest = chain.fastest(sequence)
-    planes = [(fastest.seconds, float(fastest.bytes[position]) - spare, fastest.sync - sync_limit if with_sync else 0.0)]
+    planes = [
+        (
+            fastest.seconds,
+            float(fastest.bytes[position]) - spare,
+            fastest.sync - sync_limit if with_sync else 0.0,
+        )
+    ]
     rows: list[DualRow] = []
     best = -np.inf
     start = chain.beta[TIME_ROW + 1 : TIME_ROW + 2, position]
@@ -146,8 +154,12 @@ def _highest(planes: np.ndarray, beta_most: float, kappa_most: float) -> tuple[f
             if kappa_most:
                 points += [(0.0, k) for k in (-dt / dq).tolist() if 0 <= k <= kappa_most]
                 points += [(0.0, kappa_most), (beta_most, kappa_most)]
-                points += [(beta_most, k) for k in (-(dt + beta_most * dp) / dq).tolist() if 0 <= k <= kappa_most]
-                points += [(b, kappa_most) for b in (-(dt + kappa_most * dq) / dp).tolist() if 0 <= b <= beta_most]
+                points += [
+                    (beta_most, k) for k in (-(dt + beta_most * dp) / dq).tolist() if 0 <= k <= kappa_most
+                ]
+                points += [
+                    (b, kappa_most) for b in (-(dt + kappa_most * dq) / dp).tolist() if 0 <= b <= beta_most
+                ]
                 # Where three planes meet: two of the pairs that share a plane.
                 i, j = np.triu_indices(len(dt), 1)
                 together = (first[i] == first[j]) | (second[i] == second[j])

@@ -9,7 +9,6 @@ from itertools import count
 import numpy as np
 
 from galvatron_megatron.cost.protocol import CostModel
-from galvatron_megatron.errors import SearchError
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.search.branch import Branch
 from galvatron_megatron.search.decision_tree import Space
@@ -152,7 +151,8 @@ class _Run:
         self.open_bound = np.inf if not self.request.layerwise else 0.0
 
     def layerwise(self) -> None:
-        """Best plan of the whole space: a branch, then its numbers of virtual stages, then their base layouts."""
+        """Best plan of the whole space: a branch, then its numbers of virtual stages, then their base
+        layouts."""
         ticket = count()
         heap = []
         for branch in self.branches:

@@ -1,4 +1,5 @@
-"""Why the chosen plan is what it is: the binding constraint, and what more memory, nodes or bandwidth would bring."""
+"""Why the chosen plan is what it is: the binding constraint, and what more memory, nodes or bandwidth
+would bring."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -42,8 +43,8 @@ class Explanation:
     sync: float
     """Fraction of the step spent in synchronisation and optimizer."""
     layerwise_gain: float | None
-    """How much shorter the step of the best layer-wise plan is than that of the best uniform one, as a fraction;
-    None where either is not known."""
+    """How much shorter the step of the best layer-wise plan is than that of the best uniform one, as a
+    fraction; None where either is not known."""
     what_if: tuple[WhatIf, ...]
 
 
@@ -84,7 +85,7 @@ def explain(
     if result.best_uniform is not None and result.best_layerwise is not None:
         gain = 1 - result.best_layerwise[1] / result.best_uniform[1]
     shares = {
-        f"memory of stage {fullest} ({use:.0%} full): with ample memory a step would take {ample:.1%} less": ample,
+        f"memory of stage {fullest} ({use:.0%} full): ample memory would shorten a step by {ample:.1%}": ample,
         f"pipeline bubble: {bubble:.1%} of the step": bubble,
         f"synchronisation of gradients and parameters: {sync / step:.1%} of the step": sync / step,
     }

@@ -1,10 +1,11 @@
 """The fastest strategies for the layers of one pipeline rank under a memory budget: exact label setting.
 
-A label is (seconds, sync, bytes, largest transient) of a path through the first layers, with the layout it ends in.
+A label is (seconds, sync, bytes, largest transient) of a path through the first layers, with the layout it
+ends in.
 Labels that another one of the same layout equals or beats in everything are dropped; so are labels whose
 Lagrangian bound (``chain``) says that they cannot be completed within the time allowed. The time allowed starts
-just above the lower bound of the whole rank and widens until a path is found, so that as a rule only a handful of
-labels per layer exist. Bytes are never rounded and the work does not depend on their number.
+just above the lower bound of the whole rank and widens until a path is found, so that as a rule only a
+handful of labels per layer exist. Bytes are never rounded and the work does not depend on their number.
 """
 
 from bisect import bisect_left, bisect_right
@@ -189,13 +190,15 @@ class _LabelSetting:
 def _undominated(labels: np.ndarray, layouts: np.ndarray, with_sync: bool, detour: np.ndarray) -> np.ndarray:
     """Indices of labels [4, n] that no other equals or beats, wherever both go from their layouts.
 
-    Where sync is not limited it only breaks ties between labels of one layout that are equal in everything else.
+    Where sync is not limited it only breaks ties between labels of one layout that are equal in everything
+    else.
 
     Args:
         labels: seconds, sync, bytes and largest transient of every label.
         layouts: layout of every label.
         with_sync: sync is limited.
-        detour: [K, K] most seconds that a label in the first layout must be ahead of one in the second to stay so.
+        detour: [K, K] most seconds that a label in the first layout must be ahead of one in the second to
+            stay so.
     """
     order = np.lexsort((labels[1], labels[3], labels[2], labels[0], layouts))
     if len(order) == 1:

@@ -1,5 +1,6 @@
 """Memory multipliers near the dual optimum, for the bounds of ``chain``."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,7 +9,8 @@ _STEEPEST = 4.0
 
 
 def lower_hull(bytes_: np.ndarray, seconds: np.ndarray) -> list[tuple[float, float]]:
-    """Vertices of the lower convex hull of (bytes, seconds), from the smallest bytes to the smallest seconds."""
+    """Vertices of the lower convex hull of (bytes, seconds), from the smallest bytes to the smallest
+    seconds."""
     order = np.lexsort((seconds, bytes_))
     hull: list[tuple[float, float]] = []
     for x, y in zip(bytes_[order].tolist(), seconds[order].tolist(), strict=True):
@@ -34,7 +36,8 @@ def memory_multipliers(
 ) -> list[float]:
     """Slopes of the best mix of strategies at given average bytes of a layer.
 
-    The best fractional mix of strategies for layers of several kinds takes the segments of the kinds' hulls in the
+    The best fractional mix of strategies for layers of several kinds takes the segments of the kinds'
+    hulls in the
     order of their slopes; the multiplier at a target is the slope of the segment in which it falls.
 
     Args:
@@ -51,7 +54,7 @@ def memory_multipliers(
     for x, y, share in zip(bytes_, seconds, shares, strict=True):
         hull = lower_hull(x, y)
         start += hull[0][0] * share
-        for (x0, y0), (x1, y1) in zip(hull, hull[1:], strict=False):
+        for (x0, y0), (x1, y1) in itertools.pairwise(hull):
             segments.append(((y0 - y1) / (x1 - x0), (x1 - x0) * share))
     segments.sort(reverse=True)
     found = []

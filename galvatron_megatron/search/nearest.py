@@ -1,5 +1,6 @@
 """When nothing fits: the plan that comes nearest, and what it lacks."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -70,7 +71,7 @@ def _smallest_in_setting(branch: Branch, virtual: int, base: Strategy, with_tran
         if cuts is None:
             continue
         assignments = []
-        for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+        for begin, end in itertools.pairwise(cuts):
             count = sum(entry != BOUNDARY for entry in spans.sequence(begin, end))
             assignments.append(
                 Assignment(seconds=0.0, sync=0.0, bytes=0.0, transient=0.0, choices=(0,) * count)
@@ -81,7 +82,8 @@ def _smallest_in_setting(branch: Branch, virtual: int, base: Strategy, with_tran
 
 
 def nothing_fits(request: SearchRequest, branches: Sequence[Branch], cost_model: CostModel) -> SearchError:
-    """Explains an infeasible request: the nearest plan, the stage, the GB it lacks and what would make it fit."""
+    """Explains an infeasible request: the nearest plan, the stage, the GB it lacks and what would make it
+    fit."""
     found = smallest_plan(branches, cost_model)
     if found is None:
         return SearchError("search: no partition keeps the decisions made by hand; valid: lift one of them")
@@ -92,7 +94,8 @@ def nothing_fits(request: SearchRequest, branches: Sequence[Branch], cost_model:
     strategies = ", ".join(str(strategy) for strategy in plan.strategies)
     message = (
         f"search: nothing fits {request.memory_bytes / _GIB:.2f} GB of memory; nearest is pp {plan.pp}, "
-        f"{plan.micro_batches} micro-batches of {plan.micro_batch_size}, layers {strategies}: stage {worst} needs "
+        f"{plan.micro_batches} micro-batches of {plan.micro_batch_size}, layers {strategies}: stage "
+        f"{worst} needs "
         f"{needed / _GIB:.2f} GB and lacks {missing:.2f} GB; to fit: {_remedy(request, needed, cost_model)}"
     )
     return NothingFitsError(message, plan, needed)

@@ -99,14 +99,15 @@ def checked(cost: LayerCost, where: str) -> tuple[float, ...]:
         cost.transient_bytes,
     )
     # One comparison accepts almost every row: a NaN or negative number makes it false.
-    if min(row) >= 0 and max(row) < _LARGEST_BYTES and not math.isnan(sum(row)):
-        if row[2] == int(row[2]) and row[3] == int(row[3]) and row[4] == int(row[4]):
-            return row
+    sound = min(row) >= 0 and max(row) < _LARGEST_BYTES and not math.isnan(sum(row))
+    if sound and all(amount == int(amount) for amount in row[2:]):
+        return row
     for name, value in zip(_FIELDS, row, strict=True):
         whole = not name.endswith("bytes") or (math.isfinite(value) and value == int(value))
         if not (0 <= value < _LARGEST_BYTES) or not whole:
             raise SearchError(
-                f"cost of {where}: {name} is {value!r}; valid: a finite number >= 0, whole and below 2**50 for bytes"
+                f"cost of {where}: {name} is {value!r}; valid: a finite number >= 0, whole and below "
+                f"2**50 for bytes"
             )
     raise AssertionError("unreachable")
 

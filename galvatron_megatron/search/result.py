@@ -21,12 +21,13 @@ class SearchResult:
     samples_per_second: float
     search_seconds: float
     runners_up: list[tuple[Plan, float]]
-    """Next-best plans met, with other outer decisions, and their step seconds, the fastest first. Each is the best of
-    its own outer decisions at the time it was met; only ``plan`` is proven best of all."""
+    """Next-best plans met, with other outer decisions, and their step seconds, the fastest first. Each is
+    the best of its own outer decisions at the time it was met; only ``plan`` is proven best of all."""
     best_uniform: tuple[Plan, float] | None
     """Best plan that runs every layer alike, with its step seconds; None where none fits."""
     best_layerwise: tuple[Plan, float] | None
-    """Fastest plan of the whole space, which ``plan`` is unless ``uniform_margin`` preferred the uniform one."""
+    """Fastest plan of the whole space, which ``plan`` is unless ``uniform_margin`` preferred the uniform
+    one."""
     gap: float
     """0.0 where the plan is proven the best of the space; else the most it can be off, as a fraction."""
     outer_points: int

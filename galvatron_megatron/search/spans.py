@@ -2,14 +2,16 @@
 
 Without interleaving (v = 1) every partition of the L layers into P non-empty consecutive stages is considered.
 
-With v > 1 chunks per rank, rank p holds the same number of layers in each of its chunks, and ranks may differ: with
-W layers per sweep over the ranks, rank p owns [a, b) of every sweep, so chunk c of it holds layers [cW + a, cW + b).
+With v > 1 chunks per rank, rank p holds the same number of layers in each of its chunks, and ranks may
+differ: with
+W layers per sweep over the ranks, rank p owns [a, b) of every sweep, so chunk c of it holds layers [cW +
+a, cW + b).
 Two exceptions, because embedding and head cost time too: the first virtual stage may hold `short_first` layers
 fewer and the last one `short_last` fewer, with 0 <= short_first, short_last <= 2 and short_first + short_last =
 vW - L. Every virtual stage holds at least one layer. Inside this space the search is exact.
 
-A decision made by hand (layers of the first or last rank, of every virtual stage, or of each one) limits the space
-further; where the number of layers of every virtual stage is given, there is one partition.
+A decision made by hand (layers of the first or last rank, of every virtual stage, or of each one) limits
+the space further; where the number of layers of every virtual stage is given, there is one partition.
 """
 
 from collections.abc import Iterator

@@ -4,15 +4,18 @@ The step time of stages with times t_p and synchronisation y_p is (``cost.object
 
     T = (m - 1/v) * max(t) + sum(t) / v + max(y)
 
-For caps tau >= t_p and Y >= y_p the best plan minimises sum(t) alone, which is a shortest path over (position, layers
-so far). The search is a branch and bound over boxes of (tau, Y): one shortest path per box gives a lower bound, a plan
-and thereby tighter caps. Stage times enter the path as Lagrangian lower bounds first and are replaced by exact ones
+For caps tau >= t_p and Y >= y_p the best plan minimises sum(t) alone, which is a shortest path over
+(position, layers
+so far). The search is a branch and bound over boxes of (tau, Y): one shortest path per box gives a lower
+bound, a plan
+and thereby tighter caps. Stage times enter the path as Lagrangian lower bounds first and are replaced by
+exact ones
 (``layer_dp``) only where a best path uses them: when every stage of a best path is exact, so is the path.
 """
 
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from itertools import count
+from itertools import count, pairwise
 
 import numpy as np
 
@@ -231,7 +234,8 @@ class PipelineProblem:
             )
             stage.solved.append((np.inf, found))
         else:
-            # Without a limit on sync the problem has a dimension less, and as a rule its answer keeps the limit.
+            # Without a limit on sync the problem has a dimension less, and as a rule its answer keeps the
+            # limit.
             limits = (np.inf,) if not np.isfinite(allowance) else (np.inf, allowance)
             for sync in limits:
                 if stage.exact(allowance) is not None or stage.lower_bound(allowance, 0.0) > limit:
@@ -290,7 +294,7 @@ class PipelineProblem:
         pp, width = self.spans.pp, self.spans.width
         if pp == 1:
             return [int(self._first[width])]
-        middle = [int(self._middle[e, e - b]) for b, e in zip(cuts[1:-2], cuts[2:-1], strict=True)]
+        middle = [int(self._middle[e, e - b]) for b, e in pairwise(cuts[1:-1])]
         return [int(self._first[cuts[1]]), *middle, int(self._last[cuts[-2]])]
 
     def _oracle(
@@ -334,7 +338,8 @@ class PipelineProblem:
     def useful(self, element: int, chunk: int, candidates: Options, cutoff: float) -> np.ndarray:
         """Marks the strategies of an element that a plan faster than the cutoff may contain.
 
-        A rank that uses a strategy once pays at least its reduced price on top of its Lagrangian bound. With all
+        A rank that uses a strategy once pays at least its reduced price on top of its Lagrangian bound.
+        With all
         other ranks as full as the cutoff lets them be, it must still hold the remaining layers in time.
 
         Args:
@@ -454,7 +459,8 @@ class PipelineProblem:
 
 
 def _split(low: float, high: float) -> float:
-    """Half way; just below the upper end where the two are near, so that a discrete choice is left out whole."""
+    """Half way; just below the upper end where the two are near, so that a discrete choice is left out
+    whole."""
     if high - low > _NEAR * high:
         return (low + high) / 2
     return high * (1 - _TIGHT)

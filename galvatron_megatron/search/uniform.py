@@ -1,7 +1,7 @@
 """The best uniform plan: every layer alike and in the base layout, which stock Megatron can run.
 
-Stages may still be uneven (``--pipeline-model-parallel-layout``). It is the yardstick of the layer-wise search and,
-since any uniform plan is also a layer-wise one, its first incumbent.
+Stages may still be uneven (``--pipeline-model-parallel-layout``). It is the yardstick of the layer-wise
+search and, since any uniform plan is also a layer-wise one, its first incumbent.
 """
 
 from collections.abc import Iterator
@@ -81,8 +81,8 @@ def solve_uniform(point: UniformPoint, cutoff: float) -> Plan | None:
 def capacity_bound(point: UniformPoint, cutoff: float) -> float:
     """Bound of the step time from how many layers every rank can hold and finish in time; infinite if too few.
 
-    Bisects the least time of the slowest rank at which the ranks together have room for all layers, each rank by
-    itself and every layer as if it were the cheapest of its kinds.
+    Bisects the least time of the slowest rank at which the ranks together have room for all layers, each
+    rank by itself and every layer as if it were the cheapest of its kinds.
     """
     branch, virtual = point.branch, point.virtual_stages
     outer = branch.outer

@@ -1,4 +1,5 @@
-"""Exhaustive search, written apart from the engine: every assignment, partition and outer point of a request."""
+"""Exhaustive search, written apart from the engine: every assignment, partition and outer point of a
+request."""
 
 from itertools import product
 

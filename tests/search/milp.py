@@ -1,7 +1,8 @@
 """An independent formulation of one outer point as a mixed-integer linear program, solved by HiGHS.
 
-Binary x[p, i, s]: layer i runs on rank p under strategy s; u[p, i, a, b]: layer i - 1 under a and layer i under b,
-both on rank p; f/l[p, i, s]: layer i is first/last on its rank. Partitions are consecutive, without interleaving.
+Binary x[p, i, s]: layer i runs on rank p under strategy s; u[p, i, a, b]: layer i - 1 under a and layer i
+under b, both on rank p; f/l[p, i, s]: layer i is first/last on its rank. Partitions are consecutive, without
+interleaving.
 """
 
 import numpy as np

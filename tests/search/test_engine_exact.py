@@ -3,8 +3,10 @@
 import math
 
 import pytest
+from brute_force import best_step_seconds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from random_costs import RandomCosts, tiny_model
 
 from galvatron_megatron.errors import SearchError
 from galvatron_megatron.plan.strategy import Recompute
@@ -12,8 +14,6 @@ from galvatron_megatron.search.decision_tree import Space
 from galvatron_megatron.search.engine import search
 from galvatron_megatron.search.evaluation import evaluate
 from galvatron_megatron.search.request import SearchRequest
-from brute_force import best_step_seconds
-from random_costs import RandomCosts, tiny_model
 
 CONFIGURATIONS = (
     {

@@ -154,7 +154,8 @@ def test_a_range_of_batches_takes_the_best_throughput():
 
 
 def test_batch_divisibility_is_exact():
-    # 7 samples cannot be shared by 2 or 4 data-parallel ranks; a planner that rounds down finds "more" throughput.
+    # 7 samples cannot be shared by 2 or 4 data-parallel ranks; a planner that rounds down finds "more"
+    # throughput.
     request, costs = problem(2, global_batch_size=7, memory_bytes=10**6)
     plan = search(request, costs).plan
     assert plan.global_batch_size == 7
@@ -249,7 +250,7 @@ def test_bad_requests_are_refused(change, message):
 
 @pytest.mark.parametrize("bad", [math.nan, -1.0, math.inf])
 def test_bad_prices_are_named_before_the_search(bad):
-    request, costs = problem(0)
+    request, _ = problem(0)
 
     class Broken(RandomCosts):
         def layer_cost(self, layer, strategy, setting):
