@@ -254,7 +254,7 @@ def _start_ranks(request: dict, count: int, timeout_seconds: float) -> str:
                 with log.open("w") as stream:
                     error = None if rank == 0 else stream
                     ranks.append(subprocess.Popen(command, env=place, stdout=stream, stderr=error))
-            _wait(ranks, timeout_seconds)
+            bad = _wait(ranks, timeout_seconds)
         finally:
             for process in ranks:
                 if process.poll() is None:
@@ -266,7 +266,6 @@ def _start_ranks(request: dict, count: int, timeout_seconds: float) -> str:
             return done.read_text()
         if failed.exists():
             raise GalvatronError(failed.read_text())
-        bad = next((rank for rank, process in enumerate(ranks) if process.returncode not in (0, -9)), 0)
         last = (logs[bad].read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
         raise GalvatronError(
             f"profile: rank {bad} of {count} ended with exit code {ranks[bad].returncode} ({last}); "
@@ -274,17 +273,23 @@ def _start_ranks(request: dict, count: int, timeout_seconds: float) -> str:
         )
 
 
-def _wait(ranks: list[subprocess.Popen], timeout_seconds: float) -> None:
-    """Returns when all ranks have ended, or when one has failed; raises when time is up."""
+def _wait(ranks: list[subprocess.Popen], timeout_seconds: float) -> int:
+    """Returns when all ranks have ended, or when one has failed: the first that failed, else 0.
+
+    Raises:
+        GalvatronError: time is up.
+    """
     deadline = time.monotonic() + timeout_seconds
     while any(process.poll() is None for process in ranks):
-        if any(process.returncode for process in ranks):
+        failed = next((rank for rank, process in enumerate(ranks) if process.poll()), None)
+        if failed is not None:
             # The others wait for the one that failed; they get a moment to say why.
             time.sleep(1.0)
-            return
+            return failed
         if time.monotonic() > deadline:
             raise GalvatronError(
                 f"profile: not done after {timeout_seconds:.0f} s; valid: a larger --timeout, or run again, "
                 "what was measured is kept"
             )
         time.sleep(0.05)
+    return next((rank for rank, process in enumerate(ranks) if process.returncode), 0)

@@ -156,6 +156,27 @@ class CollectiveCurve:
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
+class Overlap:
+    """How computation and one kind of collective slow each other down."""
+
+    collective: str
+    slowdown: float
+    """Both take this many times as long while both run: 1 is free overlap, 2 one after the other."""
+    source: str = "measured"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.slowdown <= 2:
+            raise DescriptionError(
+                f"profile overlap {self.collective} slowdown: {self.slowdown!r}; valid: a number from 1 to 2"
+            )
+
+    @property
+    def key(self) -> str:
+        """What was measured, without the result."""
+        return self.collective
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
 class Provenance:
     """Where and when a profile was made; everything but the times decides the fingerprint."""
 
@@ -197,6 +218,7 @@ class Profile:
     parts: tuple[PartPoint, ...] = ()
     steps: tuple[StepPoint, ...] = ()
     collectives: tuple[CollectiveCurve, ...] = ()
+    overlaps: tuple[Overlap, ...] = ()
     speeds: tuple[tuple[str, float], ...] = ()
     """(name, value) of the device: ``bfloat16``, ``float16`` and ``float32`` matrix operations per second,
     ``copy`` bytes per second, all ranks of the job at work; ``memory`` bytes of a device."""
@@ -250,6 +272,7 @@ class Profile:
             parts=_union(self.parts, other.parts),
             steps=_union(self.steps, other.steps),
             collectives=_union(self.collectives, other.collectives),
+            overlaps=_union(self.overlaps, other.overlaps),
             speeds=other.speeds or self.speeds,
             sample_seconds=other.sample_seconds or self.sample_seconds,
             step_overhead_seconds=other.step_overhead_seconds or self.step_overhead_seconds,

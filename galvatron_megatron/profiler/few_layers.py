@@ -22,6 +22,25 @@ from galvatron_megatron.plan.strategy import SequenceParallel
 
 HYBRID_SYMBOL = {LayerKind.ATTENTION: "*", LayerKind.MLP: "-", LayerKind.MOE: "E", LayerKind.MAMBA: "M"}
 
+REFUSALS = (
+    torch.OutOfMemoryError,
+    AssertionError,
+    ValueError,
+    NotImplementedError,
+    RuntimeError,
+    ImportError,
+)
+"""What Megatron raises for a setting that it cannot run."""
+
+
+def refusal(error: BaseException) -> str:
+    """Why a setting cannot run, in one line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+        return "out of memory"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 # What the user may have decided about the plan, and what belongs to the job rather than to a layer.
 _NEUTRAL = {
     "pipeline_model_parallel_size": 1,

@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel.schedules import custom_backward
 from galvatron_megatron.describe.profile import EMBEDDING, HEAD, PartPoint
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
 from galvatron_megatron.profiler.clock import Clock
-from galvatron_megatron.profiler.few_layers import FewLayers
+from galvatron_megatron.profiler.few_layers import FewLayers, refusal
 from galvatron_megatron.profiler.fit import undisturbed
 from galvatron_megatron.profiler.memory import MemoryMeter
 from galvatron_megatron.profiler.process_group import gather
@@ -155,15 +155,14 @@ class PartMeasurement:
         Returns:
             Points of all samples so far, for the embedding, the layer and the head (embedding and head only
             without recomputation, which does not touch them): the maximum over ranks. Where any rank ran out of
-            memory, all points carry the failure.
+            memory or Megatron refused, all points carry the failure.
         """
         if not self.failure:
             try:
                 with recomputing(self.few, self.recompute):
                     self._run(budget_seconds)
-            except torch.OutOfMemoryError:
-                self.failure = "out of memory"
-                torch.cuda.empty_cache()
+            except (torch.OutOfMemoryError, AssertionError, ValueError, NotImplementedError) as error:
+                self.failure = refusal(error)
             self.few.ddp.zero_grad_buffer()
         answers = gather((self.failure, {} if self.failure else self._numbers()))
         self.failure = next((failure for failure, _ in answers if failure), "")

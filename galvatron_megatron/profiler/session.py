@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from galvatron_megatron.describe.cluster import Cluster
@@ -29,15 +28,19 @@ from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
 from galvatron_megatron.profiler.clock import on_cpu
 from galvatron_megatron.profiler.collectives import GroupShape, measure_curve, shapes_of_plans
 from galvatron_megatron.profiler.few_layers import (
+    REFUSALS,
     arguments_for,
     build,
     megatron_state_restored,
     parallel_state_of,
+    refusal,
 )
 from galvatron_megatron.profiler.layers import PartMeasurement
 from galvatron_megatron.profiler.needs import ProfileNeeds
 from galvatron_megatron.profiler.optimizer import measure_step
-from galvatron_megatron.profiler.process_group import agree, own_process_group
+from galvatron_megatron.profiler.overlap import COLLECTIVES as OVERLAPPED
+from galvatron_megatron.profiler.overlap import measure_overlap
+from galvatron_megatron.profiler.process_group import agree, gather, own_process_group
 from galvatron_megatron.profiler.progress import Progress
 from galvatron_megatron.profiler.stragglers import straggler_note
 from galvatron_megatron.profiler.topology import (
@@ -230,6 +233,11 @@ class _Run:
             if (collective, shape.ranks, shape.stride, True) not in have
         ]
 
+    def missing_overlaps(self) -> list[str]:
+        """Kinds of collective whose overlap with computation is to be measured."""
+        have = {overlap.collective for overlap in self.profile.overlaps}
+        return [name for name in OVERLAPPED if name not in have and self._world > 1]
+
     def missing_builds(self) -> list[Build]:
         """Models to build and what to measure on them."""
         have = {point.key for point in self.profile.parts}
@@ -269,7 +277,8 @@ class _Run:
     def measure(self, progress: Progress) -> None:
         """Measures everything that is missing and stores it piece by piece."""
         curves, builds = self.missing_curves(), self.missing_builds()
-        progress.start(len(curves) + sum(len(b.settings) + b.step for b in builds))
+        overlaps = self.missing_overlaps()
+        progress.start(len(curves) + len(overlaps) + sum(len(b.settings) + b.step for b in builds))
         for collective, shape in curves:
             progress.at(f"{collective} over {shape.ranks} ranks, stride {shape.stride}")
             nodes = nodes_of_group(shape.ranks, shape.stride, self.profile.provenance.ranks_per_node)
@@ -278,6 +287,10 @@ class _Run:
             )
             what = f"{collective} over {shape.ranks} ranks, stride {shape.stride}"
             self.keep(collectives=(curve,), notes=self._stragglers(what, by_rank))
+            progress.advance()
+        for collective in overlaps:
+            progress.at(f"overlap of {collective} and computation")
+            self.keep(overlaps=(measure_overlap(collective, LEAST_LARGEST_BYTES),))
             progress.advance()
         for item in builds:
             progress.at(str(item))
@@ -312,13 +325,14 @@ class _Run:
             progress.advance(len(item.settings) + item.step)
             return
         with parallel_state_of(item.tp, made):
+            few, reason = None, ""
             try:
                 few = build(made, item.layers)
-            except torch.OutOfMemoryError:
-                few, reason = None, "out of memory"
-            except (AssertionError, ValueError, NotImplementedError, RuntimeError, ImportError) as error:
-                few, reason = None, (str(error).strip() or type(error).__name__).splitlines()[0]
-            if few is None:
+            except REFUSALS as error:
+                reason = refusal(error)
+            # Memory may have run out on one rank alone; all give up together.
+            reason = next((found for found in gather(reason) if found), "")
+            if few is None or reason:
                 self._keep_failure(item, name, reason)
                 progress.advance(len(item.settings) + item.step)
                 return

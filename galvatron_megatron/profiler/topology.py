@@ -153,9 +153,12 @@ def cluster_from_ranks(profile: Profile, *, memory_gb: float | None = None) -> C
 
 def _constants(profile: Profile) -> Constants:
     """What a device allocates beside a plan: nothing on CPU ranks, a driver context and slack on GPUs."""
+    slowest = max((overlap.slowdown for overlap in profile.overlaps), default=Constants().overlap_slowdown)
     if profile.provenance.backend != "gloo":
-        return Constants()
-    return Constants(context_gib=0.0, memory_slack=0.0, workspace_mib=0.0, kernel_us=0.0)
+        return Constants(overlap_slowdown=slowest)
+    return Constants(
+        context_gib=0.0, memory_slack=0.0, workspace_mib=0.0, kernel_us=0.0, overlap_slowdown=slowest
+    )
 
 
 def _link(profile: Profile, *, across_nodes: bool) -> Link:

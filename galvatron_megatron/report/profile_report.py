@@ -67,6 +67,9 @@ def print_profile(profile: Profile, console: Console) -> None:
         )
     if profile.collectives:
         console.print(links)
+    if profile.overlaps:
+        found = ", ".join(f"{entry.collective} {entry.slowdown:.2f}" for entry in profile.overlaps)
+        console.print(f"slow-down of computation and communication side by side: {found}", highlight=False)
     parts = Table(title="parts of the model, one micro-batch", header_style="bold", title_justify="left")
     for name in ("part", "tp", "recompute", "samples", "forward ms", "backward ms", "kept MB", "peak above MB"):
         parts.add_column(name, justify="left" if name in ("part", "tp", "recompute") else "right")

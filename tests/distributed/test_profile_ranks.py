@@ -17,10 +17,11 @@ from galvatron_megatron.describe.profile_key import layer_digest
 from galvatron_megatron.describe.profile_store import list_profiles, profile_path, read_profile
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
 
-MEGATRON = (
+WORDS = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
     "--vocab-size 200 --tokenizer-type NullTokenizer --mock-data --lr 1e-4 --micro-batch-size 1"
-).split()
+)
+MEGATRON = WORDS.split()
 
 
 def parsed(*more: str) -> Namespace:
@@ -83,7 +84,7 @@ def test_two_ranks_measure_everything_once(ranks, tmp_path):
             full = points[layer, tp, kind, "full", size]
             selective = points[layer, tp, kind, "selective", size]
             assert plain.forward_seconds > 0 and plain.backward_seconds > 0
-            # Only the output of the layer is kept: sequence x samples x hidden x 4 bytes, split by the sequence.
+            # Only the output of the layer is kept: sequence x samples x hidden x 4 bytes, or its share.
             output = 32 * size * 64 * 4 // (tp if kind == "megatron" else 1)
             # (gloo may hold a tensor a moment longer than its caller does.)
             assert output <= full.activation_bytes <= 2 * output
@@ -101,6 +102,11 @@ def test_two_ranks_measure_everything_once(ranks, tmp_path):
         ("all_gather", 2, 1),
         ("reduce_scatter", 2, 1),
         ("send", 2, 1),
+    }
+    assert {overlap.collective for overlap in profile.overlaps} == {
+        "all_reduce",
+        "all_gather",
+        "reduce_scatter",
     }
     assert {step.zero for step in profile.steps} == {0, 1}
     again = ranks(2).run(measure, str(tmp_path))
@@ -159,7 +165,7 @@ def start(directory: Path) -> subprocess.Popen:
         command,
         env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE if ranks > 1 else subprocess.DEVNULL,
         start_new_session=True,
     )
 
@@ -197,6 +203,29 @@ def test_killed_at_any_moment_it_goes_on_without_loss(tmp_path):
     assert process.wait(timeout=60) == 0
     process.stdout.close()
     assert time.perf_counter() - started < 30
+
+
+def children(parent: int) -> list[int]:
+    """Process ids of a process's children."""
+    tasks = Path(f"/proc/{parent}/task/{parent}/children")
+    return [int(word) for word in tasks.read_text().split()] if tasks.exists() else []
+
+
+@pytest.mark.distributed
+def test_a_rank_that_dies_ends_the_command_with_one_line(tmp_path):
+    process = start(tmp_path, ranks=2)
+    deadline = time.monotonic() + 100
+    while not grown(tmp_path, set()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    ranks = children(process.pid)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    last = error.decode().strip().splitlines()[-1]
+    assert last.startswith("galvatron profile: ") and "rank" in last
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert list_profiles(tmp_path)
 
 
 def grown(directory: Path, seen: set) -> bool:

@@ -1,0 +1,80 @@
+"""Measures how much computation and communication slow each other down while they run together."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from galvatron_megatron.describe.profile import Overlap
+from galvatron_megatron.profiler.clock import Clock, on_cpu
+from galvatron_megatron.profiler.fit import undisturbed
+from galvatron_megatron.profiler.process_group import gather
+
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
+REPEATS = 4
+
+
+def slowdown(computation: float, communication: float, together: float) -> float:
+    """Factor by which both slow down while both run, from three times.
+
+    Inverts ``together = max + (slowdown - 1) * min`` of :mod:`galvatron_megatron.cost.overlap`.
+
+    Args:
+        computation: seconds alone.
+        communication: seconds alone.
+        together: seconds until both are done, started at once.
+
+    Returns:
+        1 (free overlap) to 2 (one after the other, or worse).
+    """
+    longer, shorter = max(computation, communication), min(computation, communication)
+    if shorter <= 0:
+        return 1.0
+    return min(2.0, max(1.0, 1 + (together - longer) / shorter))
+
+
+def measure_overlap(collective: str, message_bytes: int) -> Overlap:
+    """Runs matrix products beside a collective over all ranks; every rank of the job calls this.
+
+    Args:
+        collective: one of ``COLLECTIVES``.
+        message_bytes: of the complete tensor.
+
+    Returns:
+        The slow-down, the largest of all ranks'.
+    """
+    clock = Clock()
+    ranks = dist.get_world_size()
+    count = message_bytes // 4 // ranks * ranks
+    whole, part = torch.zeros(count, device="cuda"), torch.zeros(count // ranks, device="cuda")
+    start: Callable[[], dist.Work] = {
+        "all_reduce": lambda: dist.all_reduce(whole, async_op=True),
+        "all_gather": lambda: dist.all_gather_into_tensor(whole, part, async_op=True),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, whole, async_op=True),
+    }[collective]
+    size = 128 if on_cpu() else 4096
+    a, b = (torch.ones((size, size), device="cuda") for _ in range(2))
+
+    def seconds(products: int, *, communicate: bool) -> float:
+        samples = []
+        for _ in range(REPEATS):
+            dist.barrier()
+            begin = clock.mark()
+            work = start() if communicate else None
+            for _ in range(products):
+                torch.mm(a, b)
+            if work is not None:
+                work.wait()
+            end = clock.mark()
+            clock.synchronize()
+            samples.append(clock.seconds(begin, end))
+        return undisturbed(samples)[0]
+
+    seconds(1, communicate=True)
+    communication = seconds(0, communicate=True)
+    one = max(seconds(20, communicate=False) / 20, 1e-7)
+    # Both sides of about the same length, the same number of products on every rank.
+    products = max(1, round(max(gather(communication)) / max(gather(one))))
+    computation = seconds(products, communicate=False)
+    together = seconds(products, communicate=True)
+    return Overlap(collective=collective, slowdown=max(gather(slowdown(computation, communication, together))))
