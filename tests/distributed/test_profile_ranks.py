@@ -149,14 +149,14 @@ def test_an_unusable_store_ends_every_rank_with_the_same_error(ranks, tmp_path):
     assert "does not exist" in answers[0]
 
 
-def start(directory: Path) -> subprocess.Popen:
+def start(directory: Path, ranks: int = 1) -> subprocess.Popen:
     command = [
         sys.executable,
         "-m",
         "galvatron_megatron",
         "profile",
         "--ranks",
-        "1",
+        str(ranks),
         "--directory",
         str(directory),
     ]
