@@ -223,14 +223,20 @@ class _Run:
 
     # What is missing. Every rank has the same profile, so every rank finds the same list.
 
-    def missing_curves(self) -> list[tuple[str, GroupShape]]:
-        """Collectives to measure."""
+    def missing_curves(self) -> list[tuple[str, GroupShape, bool]]:
+        """(collective, shape, contention) to measure.
+
+        Plans are priced with all sibling groups active. All-reduces are measured alone as well, which shows
+        what groups take from each other.
+        """
         have = {curve.key for curve in self.profile.collectives}
         return [
-            (collective, shape)
+            (collective, shape, contention)
             for collective, shapes in shapes_of_plans(self._world, self.needs.tps).items()
             for shape in sorted(shapes)
-            if (collective, shape.ranks, shape.stride, True) not in have
+            for contention in (True, False)
+            if contention or (collective == "all_reduce" and shape.ranks < self._world)
+            if (collective, shape.ranks, shape.stride, contention) not in have
         ]
 
     def missing_overlaps(self) -> list[str]:
@@ -279,14 +285,18 @@ class _Run:
         curves, builds = self.missing_curves(), self.missing_builds()
         overlaps = self.missing_overlaps()
         progress.start(len(curves) + len(overlaps) + sum(len(b.settings) + b.step for b in builds))
-        for collective, shape in curves:
+        for collective, shape, contention in curves:
             progress.at(f"{collective} over {shape.ranks} ranks, stride {shape.stride}")
             nodes = nodes_of_group(shape.ranks, shape.stride, self.profile.provenance.ranks_per_node)
             curve, by_rank = measure_curve(
-                collective, shape, largest_bytes=self._largest_bytes(collective), nodes=nodes
+                collective,
+                shape,
+                largest_bytes=self._largest_bytes(collective),
+                nodes=nodes,
+                contention=contention,
             )
             what = f"{collective} over {shape.ranks} ranks, stride {shape.stride}"
-            self.keep(collectives=(curve,), notes=self._stragglers(what, by_rank))
+            self.keep(collectives=(curve,), notes=self._stragglers(what, by_rank) if contention else ())
             progress.advance()
         for collective in overlaps:
             progress.at(f"overlap of {collective} and computation")

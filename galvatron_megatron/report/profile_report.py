@@ -52,8 +52,8 @@ def print_profile(profile: Profile, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    links = Table(title="collectives, all sibling groups at once", header_style="bold", title_justify="left")
-    for name in ("collective", "ranks", "stride", "nodes", "latency us", "GB/s", "fit error"):
+    links = Table(title="collectives", header_style="bold", title_justify="left")
+    for name in ("collective", "ranks", "stride", "nodes", "siblings", "latency us", "GB/s", "fit error"):
         links.add_column(name, justify="left" if name == "collective" else "right")
     for curve in profile.collectives:
         links.add_row(
@@ -61,6 +61,7 @@ def print_profile(profile: Profile, console: Console) -> None:
             str(curve.ranks),
             str(curve.stride),
             str(curve.nodes),
+            "at once" if curve.contention else "idle",
             f"{curve.latency_seconds * 1e6:.0f}",
             f"{curve.bandwidth_bytes_per_second / 1e9:.3g}",
             f"{curve.residual:.0%}",
@@ -122,6 +123,7 @@ def plot_profile(profile: Profile, path: Path) -> None:
         line = links.plot(sizes, [seconds * 1e3 for _, seconds in curve.points], "o", markersize=4)[0]
         fitted = [(curve.latency_seconds + size * curve.seconds_per_byte) * 1e3 for size in sizes]
         label = f"{curve.collective} {curve.ranks} ranks, stride {curve.stride}"
+        label += "" if curve.contention else ", alone"
         links.plot(sizes, fitted, "-", color=line.get_color(), linewidth=1, label=label)
     links.set(
         xscale="log", yscale="log", xlabel="message bytes", ylabel="ms", title="collectives: points and fit"
