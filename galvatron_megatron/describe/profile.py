@@ -222,10 +222,6 @@ class Profile:
     speeds: tuple[tuple[str, float], ...] = ()
     """(name, value) of the device: ``bfloat16``, ``float16`` and ``float32`` matrix operations per second,
     ``copy`` bytes per second, all ranks of the job at work; ``memory`` bytes of a device."""
-    sample_seconds: float = 0.0
-    """Time to make one training sample ready on a rank that loads data, outside the model."""
-    step_overhead_seconds: float = 0.0
-    """Time per training step outside all layers and collectives of the plan: batches, logging, losses."""
     notes: tuple[str, ...] = ()
     """What a reader should know: slow ranks, failed measurements."""
     schema_version: int = field(default=SCHEMA_VERSION)
@@ -274,8 +270,6 @@ class Profile:
             collectives=_union(self.collectives, other.collectives),
             overlaps=_union(self.overlaps, other.overlaps),
             speeds=other.speeds or self.speeds,
-            sample_seconds=other.sample_seconds or self.sample_seconds,
-            step_overhead_seconds=other.step_overhead_seconds or self.step_overhead_seconds,
             notes=tuple(dict.fromkeys(self.notes + other.notes)),
         )
 

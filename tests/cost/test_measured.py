@@ -214,3 +214,8 @@ def test_a_pipeline_of_ranks_that_share_processors_does_not_pay_for_waiting(proc
     )
     price = costs(provenance=place).layer_cost(0, Strategy(dp=2), setting)
     assert price.micro_batch_seconds == pytest.approx(3e-3 * share)
+
+
+def test_a_step_pays_the_small_reductions_of_megatrons_loop():
+    assert costs().step_overhead_seconds() == pytest.approx(3 * (LATENCY + 1024 * PER_BYTE))
+    assert costs(collectives=()).step_overhead_seconds() == 0
