@@ -18,7 +18,8 @@ PLANS = {
     "one": (1, "tp1", [["tp1"] * 4], {}),
     "apart": (4, "tp1", [["tp1", "tp2", "tp4+megatron", "tp4+ulysses zero1"]], {}),
     "alike": (4, "tp2 zero1", [["tp2 zero1", "tp2 zero1"]] * 2, {"pp": 2, "pattern": "*-|*-"}),
-    "stock": (4, "tp2 zero1", [["tp2 zero1"] * 4], {"detached": True}),
+    "plain": (4, "tp2", [["tp2"] * 4], {}),
+    "stock": (4, "tp2", [["tp2"] * 4], {"detached": True}),
 }
 PAIRS = (
     ("mixed", "pipeline"),
@@ -84,7 +85,7 @@ def test_a_checkpoint_of_stock_megatron_enters_through_a_uniform_plan(ranks, sav
     with pytest.raises(RankError, match="resume once with a plan in which all layers run alike"):
         ranks(world_size).run(train, made)
     entered = {"save": str(tmp_path), "save-interval": 7, "train-iters": 7}
-    world_size, made = of("uniform", "modern", {**arguments, **entered})
+    world_size, made = of("plain", "modern", {**arguments, **entered})
     seen = ranks(world_size).run(train, made)[0]
     assert_same_training(seen, references(ranks)["modern"], slice(HALFWAY, 7), weights=False)
     arguments["load"] = str(tmp_path)

@@ -1,5 +1,6 @@
 """Notices when Megatron moves what the runtime hooks into or relies on."""
 
+import argparse
 import ast
 import inspect
 import textwrap
@@ -19,9 +20,10 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MixedPrecisionOp
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training import checkpointing, training
+from megatron.training.arguments import add_megatron_arguments
 from megatron.training.models import dist_utils
 
-from galvatron_megatron.runtime import attach
+from galvatron_megatron.runtime import attach, support
 from galvatron_megatron.runtime.data_parallel import PlannedDataParallel
 from galvatron_megatron.runtime.layers import PlannedLayer, planned_class
 from galvatron_megatron.runtime.random_streams import MODEL_PARALLEL_STREAM
@@ -101,3 +103,13 @@ def test_planned_layers_are_megatron_layers():
     assert issubclass(planned, TransformerLayer)
     assert issubclass(planned, PlannedLayer)
     assert planned is planned_class(TransformerLayer)
+
+
+def test_refused_arguments_are_arguments_of_megatron():
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    known = vars(parser.parse_args([])).keys()
+    # Set in other ways than by an option of that name, or not in every installation.
+    derived = {"fp8", "fp4", "gtp_weight_remat_size", "use_layer_wise_distributed_optimizer"}
+    derived |= {"kitchen_config_file", "kitchen_recipe_number"}  # where kitchen is installed
+    unknown = {name for name, *_ in support._REFUSED} - known - derived
+    assert not unknown
