@@ -119,6 +119,8 @@ class Measurement:
         first, self._shown = not self._shown, True
         everyone = self._channel.collect(f"measured/{iteration}", mine)
         if everyone is None:
+            if self._channel.rank == 0:
+                print("galvatron: a rank's measurements did not arrive; none are shown", file=sys.stderr)
             return
         figures = self._together(iteration, everyone)
         if first:
