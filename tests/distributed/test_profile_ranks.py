@@ -174,7 +174,7 @@ def start(directory: Path, ranks: int = 1) -> subprocess.Popen:
 def test_killed_at_any_moment_it_goes_on_without_loss(tmp_path):
     chance = random.Random(1)
     seen: set = set()
-    for _ in range(4):
+    for _ in range(3):
         process = start(tmp_path)
         deadline = time.monotonic() + 100
         # Wait for progress, then strike at a random moment of the measurements.
