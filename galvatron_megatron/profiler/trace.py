@@ -131,7 +131,7 @@ def trace_layers(
     }
     path = _cache_path(request, cache_directory)
     rows = _read(path)
-    known = {_setting(row) for row in rows if "counts" in row} | {_setting(row) for row in rows}
+    known = {_setting(row) for row in rows}
     refused = {setting[:2] for setting in known if setting[2] == ""}
     missing = [setting for setting in wanted if setting not in known and setting[:2] not in refused]
     if missing:
