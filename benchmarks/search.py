@@ -75,13 +75,16 @@ def measure(name: str, repeat: int) -> dict:
     recorder = Recorder(costs, request.model)
     first = search(request, recorder)
     table = recorder.table()
-    seconds, result = [], first
+    seconds, cpu, result = [], [], first
     for _ in range(repeat):
+        begun = time.process_time()
         result = search(request, table)
+        cpu.append(time.process_time() - begun)
         seconds.append(result.search_seconds)
     return {
         "import": imported,
         "seconds": statistics.median(seconds) if seconds else first.search_seconds,
+        "cpu": statistics.median(cpu) if cpu else None,
         "with_prices": first.search_seconds,
         "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "step": result.step_seconds,
@@ -106,6 +109,7 @@ def main() -> None:
     for column in (
         "problem",
         "engine s",
+        "CPU s",
         "limit s",
         "with prices s",
         "import s",
@@ -123,6 +127,7 @@ def main() -> None:
         table.add_row(
             name,
             f"{found['seconds']:.3f}",
+            "-" if found["cpu"] is None else f"{found['cpu']:.3f}",
             f"{SIZES[name].limit_seconds:g}",
             f"{found['with_prices']:.2f}",
             f"{found['import']:.2f}",

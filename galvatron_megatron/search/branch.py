@@ -56,6 +56,8 @@ class Branch:
         self.is_possible = all(len(options.strategies) for options in self.options.values())
         self._live: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._relaxed_chains: dict[int, tuple[Chain, dict[tuple, int]]] = {}
+        self._spans: dict[int, tuple[Spans, ...]] = {}
+        self._numbered: dict = {}
         self._useful: dict[int, dict[tuple[int, bool | None], Options]] = {}
         self._ends: dict[tuple[int, Strategy], tuple[LayerCost, LayerCost]] = {}
 
@@ -120,7 +122,11 @@ class Branch:
 
     def spans(self, virtual_stages: int) -> tuple[Spans, ...]:
         """Families of partitions."""
-        return tuple(all_spans(self.kinds, self.outer.pp, virtual_stages, self.request.constraints))
+        found = self._spans.get(virtual_stages)
+        if found is None:
+            found = tuple(all_spans(self.kinds, self.outer.pp, virtual_stages, self.request.constraints))
+            self._spans[virtual_stages] = found
+        return found
 
     def ends(self, virtual_stages: int, base: Strategy) -> tuple[LayerCost, LayerCost]:
         """Prices of embedding and head."""
@@ -256,7 +262,13 @@ class Branch:
         least = np.inf
         for spans in self.spans(virtual_stages):
             problem = PipelineProblem(
-                chain, spans, positions, element_of, self.outer.micro_batches, cutoff / self.outer.micro_batches
+                chain,
+                spans,
+                positions,
+                element_of,
+                self.outer.micro_batches,
+                cutoff / self.outer.micro_batches,
+                self._numbered,
             )
             bound = problem.lower_bound()
             least = min(least, bound)
@@ -303,7 +315,13 @@ class Branch:
         least = np.inf
         for spans in self.spans(virtual_stages):
             problem = PipelineProblem(
-                chain, spans, positions, element_of, micro_batches, cutoff / micro_batches
+                chain,
+                spans,
+                positions,
+                element_of,
+                micro_batches,
+                cutoff / micro_batches,
+                self._numbered,
             )
             least = min(least, problem.lower_bound())
         return least
@@ -333,7 +351,15 @@ class Branch:
         time_limit = cutoff / self.outer.micro_batches  # T >= m * max(t)
         best: tuple[Partition, Spans] | None = None
         for spans in self.spans(virtual_stages):
-            problem = PipelineProblem(chain, spans, positions, element_of, self.outer.micro_batches, time_limit)
+            problem = PipelineProblem(
+                chain,
+                spans,
+                positions,
+                element_of,
+                self.outer.micro_batches,
+                time_limit,
+                self._numbered,
+            )
             found = problem.solve(cutoff)
             if found is not None:
                 cutoff = found.step_seconds

@@ -94,6 +94,7 @@ class PipelineProblem:
         element_of: dict[tuple, int],
         micro_batches: int,
         time_limit: float = np.inf,
+        numbered: dict | None = None,
     ) -> None:
         """Collects the sequences that can occur.
 
@@ -104,15 +105,24 @@ class PipelineProblem:
             element_of: number in the chain of every (kind, chunk, forced recomputation).
             micro_batches: m.
             time_limit: a stage slower than this many seconds is of no use.
+            numbered: sequences of problems that share ``element_of``, kept for the next one.
         """
         self.chain, self.spans, self.positions = chain, spans, positions
         self.slowest_weight = micro_batches - 1 / spans.virtual_stages
         self.sum_weight = 1 / spans.virtual_stages
         self.time_limit = time_limit
         self._element_of = element_of
-        self._ids: dict[tuple[int, ...], int] = {}
-        self._sequences: list[tuple[int, ...]] = []
-        self._band = self._collect()
+        # Which sequences occur depends neither on prices nor on the base layout.
+        key = (spans, self._longest())
+        found = None if numbered is None else numbered.get(key)
+        if found is None:
+            self._ids: dict[tuple[int, ...], int] = {}
+            self._sequences: list[tuple[int, ...]] = []
+            self._collect()
+            if numbered is not None:
+                numbered[key] = (self._sequences, self._first, self._last, self._middle)
+        else:
+            self._sequences, self._first, self._last, self._middle = found
         self.is_possible = bool(self._sequences)
         if not self.is_possible:
             return
@@ -129,21 +139,21 @@ class PipelineProblem:
 
     # ---- sequences -------------------------------------------------------------------------------------------
 
-    def _collect(self) -> int:
-        """Numbers the sequences of all stages; returns the most of the width that one rank may own."""
+    def _collect(self) -> None:
+        """Numbers the sequences of all stages."""
         spans, pp, width = self.spans, self.spans.pp, self.spans.width
-        band = max(1, min(width - pp + 1, self._longest()))
+        band = self._longest()
         self._first = np.full(width + 1, -1, dtype=np.intp)
         self._last = np.full(width + 1, -1, dtype=np.intp)
         self._middle = np.full((width + 1, band + 1), -1, dtype=np.intp)  # [end, length]
         if pp == 1:
             self._first[width] = self._number(0, 0, width)
-            return band
+            return
         for length in range(1, band + 1):
             self._first[length] = self._number(0, 0, length)
             self._last[width - length] = self._number(pp - 1, width - length, width)
         if pp == 2:
-            return band
+            return
         if spans.is_shift_invariant:
             # Away from the ends: neither exception of the first and last virtual stage is met.
             begin = spans.short_first + 1
@@ -151,24 +161,24 @@ class PipelineProblem:
                 if begin + length < width - spans.short_last + 1:
                     self._middle[begin + length : width + 1, length] = self._number(1, begin, begin + length)
                     self._middle[begin + length : width + 1, length] = self._middle[begin + length, length]
-            return band
+            return
         for end in range(2, width):
             for length in range(1, min(band, end - 1) + 1):
                 begin = end - length
                 position = begin if spans.by_hand else 1
                 if 0 < position < pp - 1:
                     self._middle[end, length] = self._number(position, begin, end)
-        return band
+        return
 
     def _longest(self) -> int:
         """Most of the width that a rank can own in the time limit, by the fastest strategies alone."""
-        if not np.isfinite(self.time_limit) or self.spans.by_hand:
-            return self.spans.width
+        spans = self.spans
+        most = max(1, spans.width - spans.pp + 1)
         least = min(float(options.seconds.min()) for options in self.chain.elements)
-        if least <= 0:
-            return self.spans.width
-        layers = self.time_limit / least + self.spans.short_first + self.spans.short_last
-        return int(layers / self.spans.virtual_stages + 1e-6)
+        if spans.by_hand or least <= 0 or not np.isfinite(self.time_limit):
+            return most
+        layers = self.time_limit / least + spans.short_first + spans.short_last
+        return max(1, min(most, int(layers / spans.virtual_stages + 1e-6)))
 
     def _number(self, position: int, begin: int, end: int) -> int:
         if not self.spans.allowed(position, begin, end):

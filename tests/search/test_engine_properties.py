@@ -61,6 +61,42 @@ def test_more_memory_never_hurts_and_budgets_are_kept(seed):
     assert math.isfinite(last)
 
 
+class _LargerUnits:
+    """Another model's prices with every byte count multiplied."""
+
+    def __init__(self, costs, factor: int) -> None:
+        self._costs, self._factor = costs, factor
+
+    def __getattr__(self, name):
+        return getattr(self._costs, name)
+
+    def _grown(self, cost):
+        names = ("state_bytes", "activation_bytes", "transient_bytes")
+        return replace(cost, **{name: getattr(cost, name) * self._factor for name in names})
+
+    def layer_cost(self, *arguments):
+        return self._grown(self._costs.layer_cost(*arguments))
+
+    def embedding_cost(self, setting):
+        return self._grown(self._costs.embedding_cost(setting))
+
+    def head_cost(self, setting):
+        return self._grown(self._costs.head_cost(setting))
+
+    def overhead_bytes(self, *arguments):
+        return self._costs.overhead_bytes(*arguments) * self._factor
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_work_does_not_depend_on_the_number_of_bytes(seed):
+    request, costs = problem(seed, memory_bytes=300)
+    small = search(request, costs)
+    factor = 2**30
+    large = search(replace(request, memory_bytes=300 * factor), _LargerUnits(costs, factor))
+    assert large.plan == small.plan
+    assert large.solved_points == small.solved_points
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_another_dimension_never_hurts(seed):
     request, costs = problem(seed, allow_ulysses=False, max_zero=0, allow_interleaving=False, layerwise=False)
