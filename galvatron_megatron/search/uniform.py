@@ -95,14 +95,17 @@ def capacity_bound(point: UniformPoint, cutoff: float) -> float:
     if spare.min() < 0:
         return np.inf
     held = virtual * state + live.sum(1)[positions.classes] * activation
-    # The first and the last virtual stage may lack layers, which makes room for as many.
-    short = (state + live.max(1)[positions.classes] * activation) * MOST_SHORT if virtual > 1 else 0.0
-    by_memory = np.floor((spare + 2 * short) / held + 1e-9) if held.min() > 0 else np.full(outer.pp, np.inf)
+    # The first and the last virtual stage may lack layers, which makes room for as many on their ranks.
+    slack = np.zeros(outer.pp)
+    if virtual > 1:
+        slack[0] += MOST_SHORT
+        slack[-1] += MOST_SHORT
+    spare = spare + slack * (state + live.max(1)[positions.classes] * activation)
+    by_memory = np.floor(spare / held + 1e-9) if held.min() > 0 else np.full(outer.pp, np.inf)
     layers = len(branch.kinds)
     if (np.minimum(by_memory, layers) * virtual).sum() < layers:
         return np.inf
     total = _totals(branch, point.chosen)[0] + positions.seconds.sum()
-    slack = 2 * MOST_SHORT if virtual > 1 else 0
 
     def room(slowest: float) -> float:
         by_time = np.floor(((slowest - positions.seconds) / seconds + slack) / virtual + 1e-9)
@@ -112,7 +115,7 @@ def capacity_bound(point: UniformPoint, cutoff: float) -> float:
     high = cutoff / outer.micro_batches
     if seconds > 0:
         if not np.isfinite(high):
-            high = seconds * (layers + slack + virtual) + positions.seconds.max()
+            high = seconds * (layers + slack.max() + virtual) + positions.seconds.max()
         elif room(high) < layers:
             return np.inf
         for _ in range(24):
