@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from galvatron_megatron.cost.analytic import AnalyticCostModel
 from galvatron_megatron.cost.galvatron_table import GalvatronCostModel
+from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.protocol import CostModel
 from galvatron_megatron.describe.cluster import Cluster, read_cluster
 from galvatron_megatron.describe.galvatron_files import read_galvatron_profile, write_galvatron_config
@@ -18,6 +19,7 @@ from galvatron_megatron.describe.shipped import find_description
 from galvatron_megatron.errors import SearchError
 from galvatron_megatron.plan.constraints import Constraints
 from galvatron_megatron.plan.plan import Fingerprints
+from galvatron_megatron.plan.runnable import HIGHEST_ZERO
 from galvatron_megatron.plan.serialization import write_plan
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
 from galvatron_megatron.report.search_report import print_search, print_space, search_document
@@ -62,7 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     limits = parser.add_argument_group("limits of the space")
     limits.add_argument("--uniform", action="store_true", help="only plans that stock Megatron can run")
-    limits.add_argument("--max-zero", type=int, default=3, help="highest ZeRO stage (default: 3)")
+    limits.add_argument(
+        "--max-zero",
+        type=int,
+        default=HIGHEST_ZERO,
+        help="highest ZeRO stage (default: %(default)s, the highest that jobs can be trained with here)",
+    )
     limits.add_argument("--no-ulysses", action="store_true", help="no Ulysses sequence parallelism")
     limits.add_argument("--no-context-parallel", action="store_true", help="no context parallelism")
     limits.add_argument("--no-interleaving", action="store_true", help="one virtual stage per rank")
@@ -73,6 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         fixed.add_argument(f"--{name}", type=int)
     fixed.add_argument("--sequence-parallel", choices=[kind.value for kind in SequenceParallel])
     fixed.add_argument("--recompute", choices=[kind.value for kind in Recompute])
+    job = parser.add_argument_group("how the job runs beside the plan")
+    job.add_argument("--overlap-grad-reduce", action="store_true", help="as Megatron's flag of this name")
+    job.add_argument("--overlap-param-gather", action="store_true", help="as Megatron's flag of this name")
     output = parser.add_argument_group("answer")
     output.add_argument(
         "--uniform-margin",
@@ -113,7 +123,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.show_space:
         print_space(console, Space(request=request))
         return 0
-    cost_model: CostModel = AnalyticCostModel(model, cluster)
+    options = RunOptions(
+        overlap_gradients=arguments.overlap_grad_reduce, overlap_parameters=arguments.overlap_param_gather
+    )
+    cost_model: CostModel = AnalyticCostModel(model, cluster, options)
     if arguments.galvatron_profile is not None:
         profile = read_galvatron_profile(
             arguments.galvatron_profile, seq_length=model.seq_length, world_size=cluster.world_size
@@ -126,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
     result = replace(result, plan=replace(result.plan, fingerprints=marks))
     explanation = None
     if arguments.explain:
-        others = [] if arguments.galvatron_profile is not None else _alternatives(request, cluster)
+        others = [] if arguments.galvatron_profile is not None else _alternatives(request, cluster, options)
         explanation = explain(request, cost_model, result, others)
     if arguments.output is not None:
         write_plan(result.plan, arguments.output)
@@ -188,19 +201,21 @@ def _batch_sizes(text: str) -> tuple[int, ...]:
     return found
 
 
-def _alternatives(request: SearchRequest, cluster: Cluster) -> list[tuple[str, SearchRequest, CostModel]]:
+def _alternatives(
+    request: SearchRequest, cluster: Cluster, options: RunOptions
+) -> list[tuple[str, SearchRequest, CostModel]]:
     """One more node, and links of twice the bandwidth."""
     found = []
     larger = cluster.with_nodes(cluster.nodes + 1)
     wider = replace(request, world_size=larger.world_size)
-    found.append(("one more node", wider, AnalyticCostModel(request.model, larger)))
+    found.append(("one more node", wider, AnalyticCostModel(request.model, larger, options)))
     levels = [("intra_node", "a link inside nodes twice as fast")]
     if cluster.nodes > 1:
         levels.append(("inter_node", "a link between nodes twice as fast"))
     for level, change in levels:
         link = getattr(cluster, level)
         faster = replace(cluster, **{level: replace(link, gb_per_second=link.gb_per_second * 2)})
-        found.append((change, request, AnalyticCostModel(request.model, faster)))
+        found.append((change, request, AnalyticCostModel(request.model, faster, options)))
     return found
 
 

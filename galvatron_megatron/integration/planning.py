@@ -29,18 +29,15 @@ from galvatron_megatron.plan.constraints import Constraints
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.megatron_arguments import megatron_arguments, runs_on_stock_megatron
 from galvatron_megatron.plan.plan import Fingerprints, Plan
+from galvatron_megatron.plan.runnable import HIGHEST_ZERO
 from galvatron_megatron.plan.serialization import read_plan
 from galvatron_megatron.profiler.needs import ProfileNeeds, tensor_degrees
 from galvatron_megatron.profiler.session import profile_live_ranks
 from galvatron_megatron.profiler.topology import facts_of_this_rank, software_versions
 from galvatron_megatron.search.decision_tree import Space
 from galvatron_megatron.search.engine import search
-from galvatron_megatron.search.request import SearchRequest
+from galvatron_megatron.search.request import UNIFORM_MARGIN, SearchRequest
 from galvatron_megatron.search.result import SearchResult
-
-MARGIN = 0.05
-"""A layer-wise plan must be predicted faster than the best uniform one by more than this to be chosen: the
-prediction is not surer than that, and a uniform plan runs on Megatron's own code alone."""
 
 _RECOMPUTE_ARGUMENTS = (
     "recompute_granularity",
@@ -196,7 +193,7 @@ class JobPlanner:
             "memory_gb": self.options.memory_gb,
             "uniform": self.options.uniform,
             "run_options": asdict(self._run_options()),
-            "margin": MARGIN,
+            "margin": UNIFORM_MARGIN,
         }
 
     def _run_options(self) -> RunOptions:
@@ -286,12 +283,12 @@ class JobPlanner:
             global_batch_size=self.args.global_batch_size,
             constraints=self.constraints,
             layerwise=not self.options.uniform,
-            max_zero=1,
+            max_zero=HIGHEST_ZERO,
             allow_ulysses=False,
             allow_cp=False,
             # Megatron has no interleaved schedule for hybrid models.
             allow_interleaving=any(layer.kind in blocks for layer in self.model.layers),
-            uniform_margin=MARGIN,
+            uniform_margin=UNIFORM_MARGIN,
         )
 
     def _search(

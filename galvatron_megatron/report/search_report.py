@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from galvatron_megatron.plan.plan import Plan
+from galvatron_megatron.plan.runnable import execution_problem
 from galvatron_megatron.plan.serialization import plan_to_dict
 from galvatron_megatron.search.decision_tree import RULES, Space
 from galvatron_megatron.search.explanation import Explanation
@@ -39,6 +40,7 @@ def search_document(
             "stage_seconds": result.stage_seconds,
             "sync_seconds": result.sync_seconds,
         },
+        "cannot_be_trained_here": execution_problem(result.plan),
         "memory_budget_gb": request.memory_bytes / _GIB,
         "search_seconds": result.search_seconds,
         "gap": result.gap,
@@ -86,6 +88,11 @@ def print_search(
     )
     console.print(_stages(result, request))
     console.print(_beside(result))
+    problem = execution_problem(plan)
+    if problem is not None:
+        console.print(
+            f"note: jobs cannot be trained under this plan here: {problem}", highlight=False, markup=False
+        )
     if explanation is not None:
         console.print(f"binding: {explanation.binding}", highlight=False)
         for answer in explanation.what_if:

@@ -8,12 +8,11 @@ from galvatron_megatron.errors import UnsupportedPlanError
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
 from galvatron_megatron.plan.plan import Plan
+from galvatron_megatron.plan.runnable import execution_problem
 from galvatron_megatron.plan.strategy import SequenceParallel
 
 SUPPORTED_MEGATRON = ("0.19",)
 """Release series of megatron-core whose seams the hooks were tested with."""
-
-RUNNABLE_KINDS = (LayerKind.BLOCK, LayerKind.ATTENTION, LayerKind.MLP)
 
 _REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
     ("context_parallel_size", lambda v: v > 1, "context parallelism", "--context-parallel-size 1"),
@@ -87,13 +86,11 @@ def check_supported(plan: Plan, args: Any) -> None:
             "valid: such a release, or a plan in which all layers run alike"
         )
     _check_arguments(args)
+    problem = execution_problem(plan)
+    if problem is not None:
+        raise UnsupportedPlanError(problem)
     _check_base(plan, args)
-    for index, layer in enumerate(plan.layers):
-        if layer.kind not in RUNNABLE_KINDS:
-            raise UnsupportedPlanError(
-                f"plan layer {index}: layers of kind {layer.kind.value} run only where all layers run alike; "
-                f"valid here: {', '.join(kind.value for kind in RUNNABLE_KINDS)}"
-            )
+    for index in range(len(plan.layers)):
         _check_layer(index, plan, args)
 
 
@@ -117,10 +114,6 @@ def _check_base(plan: Plan, args: Any) -> None:
         "sequence_parallel": plan.base.sequence_parallel is SequenceParallel.MEGATRON,
         "use_distributed_optimizer": plan.base.zero > 0,
     }
-    if plan.base.sequence_parallel is SequenceParallel.ULYSSES:
-        raise UnsupportedPlanError("plan.base.sequence_parallel: ulysses; valid for the base: none, megatron")
-    if plan.base.zero > 1:
-        raise UnsupportedPlanError(f"plan.base.zero: {plan.base.zero}; valid where layers differ: 0, 1")
     for name, value in expected.items():
         actual = getattr(args, name)
         if actual != value:
@@ -177,10 +170,6 @@ def check_stage(plan: Plan, first: int, count: int, position: int, chunk: int) -
 def _check_layer(index: int, plan: Plan, args: Any) -> None:
     strategy = plan.layers[index].strategy
     where = f"plan layer {index}"
-    if strategy.zero > 1:
-        raise UnsupportedPlanError(f"{where}: zero {strategy.zero}; valid where layers differ: 0, 1")
-    if strategy.cp > 1:
-        raise UnsupportedPlanError(f"{where}: cp {strategy.cp}; valid where layers differ: 1")
     heads = args.num_attention_heads
     groups = args.num_query_groups if getattr(args, "group_query_attention", False) else heads
     if heads % strategy.tp:

@@ -9,6 +9,11 @@ from galvatron_megatron.plan.strategy import Recompute
 
 ALL_RECOMPUTE = (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)
 
+UNIFORM_MARGIN = 0.02
+"""What a layer-wise plan should gain over the best uniform one, as a fraction of the step time, before a job
+takes it: predictions of two plans of one job are not surer relative to each other, and a uniform plan runs on
+Megatron's own code alone."""
+
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class SearchRequest:

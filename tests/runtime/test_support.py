@@ -102,8 +102,8 @@ def test_arguments_that_contradict_the_plan_are_named(name, value):
             {"group_query_attention": True, "num_query_groups": 3, "num_attention_heads": 6},
             "query groups",
         ),
-        (Strategy(tp=1, dp=4, zero=2), {}, "zero 2"),
-        (Strategy(tp=1, cp=2, dp=2), {}, "cp 2"),
+        (Strategy(tp=1, dp=4, zero=2), {}, r"zero: 2"),
+        (Strategy(tp=1, cp=2, dp=2), {}, r"cp: 2"),
     ],
 )
 def test_layers_that_cannot_run_are_named(strategy, changes, words):

@@ -1,0 +1,51 @@
+"""Which plans can be executed, as far as the plan alone tells: one rule for planner and runtime."""
+
+from galvatron_megatron.plan.layer_kind import LayerKind
+from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
+from galvatron_megatron.plan.plan import Plan
+from galvatron_megatron.plan.strategy import SequenceParallel, Strategy
+
+RUNNABLE_KINDS = (LayerKind.BLOCK, LayerKind.ATTENTION, LayerKind.MLP)
+"""Kinds of layer that may differ in strategy."""
+
+HIGHEST_ZERO = 1
+"""Highest ZeRO stage that is executed."""
+
+
+def execution_problem(plan: Plan) -> str | None:
+    """Says why a plan cannot be executed.
+
+    A plan that Megatron's own arguments reproduce always can, as far as the plan tells; one whose layers differ
+    needs the layer-wise runtime, which does not cover everything.
+
+    Args:
+        plan: the plan.
+
+    Returns:
+        One line with the place, the value and what is valid; None where the plan can be executed.
+    """
+    if runs_on_stock_megatron(plan):
+        return None
+    if plan.base.sequence_parallel is SequenceParallel.ULYSSES:
+        return "plan.base.sequence_parallel: ulysses; valid for the base: none, megatron"
+    problem = _strategy_problem("plan.base", plan.base)
+    if problem is not None:
+        return problem
+    for index, layer in enumerate(plan.layers):
+        if layer.kind not in RUNNABLE_KINDS:
+            return (
+                f"plan layer {index}: layers of kind {layer.kind.value} run only where all layers run alike; "
+                f"valid here: {', '.join(kind.value for kind in RUNNABLE_KINDS)}"
+            )
+        problem = _strategy_problem(f"plan layer {index}", layer.strategy)
+        if problem is not None:
+            return problem
+    return None
+
+
+def _strategy_problem(where: str, strategy: Strategy) -> str | None:
+    if strategy.zero > HIGHEST_ZERO:
+        return f"{where}.zero: {strategy.zero}; valid: 0, 1"
+    if strategy.cp > 1:
+        return f"{where}.cp: {strategy.cp}; valid where layers differ: 1"
+    return None

@@ -1,0 +1,50 @@
+from dataclasses import replace
+
+import pytest
+
+from galvatron_megatron.plan.layer_kind import LayerKind
+from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
+from galvatron_megatron.plan.runnable import execution_problem
+from galvatron_megatron.plan.strategy import SequenceParallel, Strategy
+
+PLAIN = Strategy(tp=2, dp=4)
+
+
+def _plan(*strategies: Strategy, base: Strategy = PLAIN, kind: LayerKind = LayerKind.BLOCK) -> Plan:
+    layers = tuple(LayerPlan(kind=kind, strategy=strategy) for strategy in strategies)
+    return Plan(pp=1, micro_batch_size=8, micro_batches=1, base=base, stages=(StagePlan(layers=layers),))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        _plan(PLAIN, PLAIN),
+        _plan(PLAIN, Strategy(tp=1, dp=8)),
+        _plan(PLAIN, Strategy(tp=4, sequence_parallel=SequenceParallel.ULYSSES, dp=2, zero=1)),
+        _plan(PLAIN, PLAIN, kind=LayerKind.MAMBA),
+        _plan(Strategy(tp=2, cp=2, dp=2), base=Strategy(tp=2, cp=2, dp=2)),
+    ],
+)
+def test_what_can_be_executed(plan):
+    assert execution_problem(plan) is None
+
+
+@pytest.mark.parametrize(
+    ("plan", "problem"),
+    [
+        (_plan(PLAIN, replace(PLAIN, zero=2)), "plan layer 1.zero: 2; valid: 0, 1"),
+        (_plan(replace(PLAIN, zero=3), base=replace(PLAIN, zero=3)), "plan.base.zero: 3; valid: 0, 1"),
+        (_plan(PLAIN, Strategy(tp=2, cp=2, dp=2)), "plan layer 1.cp: 2; valid where layers differ: 1"),
+        (
+            _plan(Strategy(dp=8), base=Strategy(tp=2, sequence_parallel=SequenceParallel.ULYSSES, dp=4)),
+            "plan.base.sequence_parallel: ulysses; valid for the base: none, megatron",
+        ),
+        (
+            _plan(PLAIN, Strategy(dp=8), kind=LayerKind.MAMBA),
+            "plan layer 0: layers of kind mamba run only where all layers run alike; valid here: "
+            "block, attention, mlp",
+        ),
+    ],
+)
+def test_what_cannot_and_why(plan, problem):
+    assert execution_problem(plan) == problem
