@@ -4,6 +4,10 @@ from galvatron_megatron.cost.counts_builder import Builder
 from galvatron_megatron.cost.counts_values import Operator, gemm
 from galvatron_megatron.errors import DescriptionError
 
+_MATRICES_PER_BLOCK = 4
+"""Score matrices that one block of Megatron's softmax kernel works on: 128 threads in warps of 32."""
+_HALF_BYTES, _SINGLE_BYTES = 2, 4
+
 
 def core_attention(b: Builder, *, heads: int, groups: int, head_dim: int, v_head_dim: int) -> None:
     """Softmax(Q K^T) V with fused kernels or with a kept score matrix; heads are those of the whole layer."""
@@ -58,10 +62,19 @@ def core_attention(b: Builder, *, heads: int, groups: int, head_dim: int, v_head
 def _score_matrix(
     b: Builder, heads: int, scores: int, seq_q: int, seq_k: int, head_dim: int, v_head_dim: int
 ) -> None:
-    """Unfused attention keeps softmax, dropout mask and dropped softmax (arXiv 2205.05198, 5as/h)."""
+    """Unfused attention keeps softmax, dropout mask and dropped softmax (arXiv 2205.05198, 5as/h).
+
+    Megatron's 16-bit scale-mask-softmax kernel takes four score matrices a block; where samples x heads of a
+    rank are no multiple of four, PyTorch's operators take its place
+    (``FusedScaleMaskSoftmax.is_kernel_available`` and ``forward_torch_softmax`` in
+    ``megatron/core/fusions/fused_softmax.py``; so in Megatron-LM since 2021).
+    """
     size, model = b.shapes.element_bytes, b.shapes.model
     batch = b.shapes.samples * heads
-    b.keep("attention probabilities", scores * size, in_core_attention=True)
+    if batch % _MATRICES_PER_BLOCK == 0 or size != _HALF_BYTES:
+        b.keep("attention probabilities", scores * size, in_core_attention=True)
+    else:
+        _softmax_operators(b, scores)
     if model.attention_dropout > 0:
         b.keep("attention dropout", scores * (size + 1), in_core_attention=True)
         b.memory("attention dropout", scores * (2 * size + 1), scores * (2 * size + 1))
@@ -73,6 +86,24 @@ def _score_matrix(
             gemm(name, "backward", batch, seq_q, k, n, element_bytes=size),
             gemm(name, "backward", batch, k, n, seq_q, element_bytes=size),
         ]
+
+
+def _softmax_operators(b: Builder, scores: int) -> None:
+    """What PyTorch runs around a softmax in fp32, beside the softmax itself: every operator a kernel each way.
+
+    Cast to fp32, scale, mask (in place; its own mask is small), and the cast back to 16 bit. Autograd keeps the
+    fp32 probabilities.
+    """
+    half, single = scores * _HALF_BYTES, scores * _SINGLE_BYTES
+    b.keep("attention probabilities", single, in_core_attention=True)
+    for name, traffic in (
+        ("attention scores to fp32", half + single),
+        ("attention scale", 2 * single),
+        ("attention mask", 2 * single),
+        ("attention probabilities to 16 bit", single + half),
+    ):
+        b.recomputed.add(name)
+        b.memory(name, traffic, traffic)
 
 
 def _exchange(b: Builder, qkv: int, output: int, key_value: int) -> None:

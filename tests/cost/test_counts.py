@@ -104,6 +104,33 @@ def test_flops_of_a_block_are_the_published_ones() -> None:
     assert fused.flops() == 3 * forward + 2 * 2 * SEQ**2 * HIDDEN
 
 
+def test_softmax_of_scores_that_fill_no_block_runs_as_operators() -> None:
+    """``FusedScaleMaskSoftmax.is_kernel_available``: samples x heads of a rank must be a multiple of four."""
+    described = model(fused_attention=False)
+    filled, unfilled = (layer_counts(described, BLOCK, Strategy(tp=HEADS // 2), samples) for samples in (2, 1))
+    added = {operator.name for operator in unfilled.operators} - {
+        operator.name for operator in filled.operators
+    }
+    assert added == {
+        "attention scores to fp32",
+        "attention scale",
+        "attention mask",
+        "attention probabilities to 16 bit",
+    }
+    scores = 2 * SEQ**2
+    kept = dict(unfilled.activation_terms)["attention probabilities"]
+    assert kept == 4 * scores
+    assert dict(filled.activation_terms)["attention probabilities"] == 2 * 2 * scores
+    moved = sum(operator.bytes for operator in unfilled.operators if operator.name in added)
+    assert moved == 2 * (6 + 8 + 8 + 6) * scores
+    full = layer_counts(described, BLOCK, Strategy(tp=HEADS // 2, recompute=Recompute.FULL), 1)
+    assert {"attention scale"} <= {
+        operator.name for operator in full.operators if operator.phase == "recompute"
+    }
+    single = layer_counts(replace(described, precision="fp32"), BLOCK, Strategy(tp=HEADS // 2), 1)
+    assert not added & {operator.name for operator in single.operators}
+
+
 def test_parameters_of_a_block_are_the_known_ones() -> None:
     counts = layer_counts(model(), BLOCK, Strategy(), 1)
     assert counts.parameters == 12 * HIDDEN**2 + 13 * HIDDEN
