@@ -27,7 +27,7 @@ from galvatron_megatron.search.decision_tree import Space
 from galvatron_megatron.search.engine import Progress as SearchProgress
 from galvatron_megatron.search.engine import search
 from galvatron_megatron.search.explanation import explain
-from galvatron_megatron.search.request import SearchRequest
+from galvatron_megatron.search.request import UNIFORM_MARGIN, SearchRequest
 
 HELP = "find the fastest plan for a model on a cluster"
 
@@ -87,11 +87,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--uniform-margin",
         type=float,
-        default=0.0,
-        help="prefer the best uniform plan unless a layer-wise one is faster by more than this fraction "
-        "(default: 0)",
+        default=UNIFORM_MARGIN,
+        help="prefer the best uniform plan unless a layer-wise one is faster by more than this fraction; "
+        "0 takes the fastest (default: %(default)s)",
     )
-    output.add_argument("--runners-up", type=int, default=3, help="how many next-best plans to show")
+    output.add_argument("--runners-up", type=int, default=5, help="how many competitors to show (default: 5)")
     output.add_argument("--explain", action="store_true", help="what limits the plan and what would help")
     output.add_argument("--show-space", action="store_true", help="print the decision tree and stop")
     output.add_argument("--json", action="store_true", help="print JSON")

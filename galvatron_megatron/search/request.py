@@ -50,8 +50,8 @@ class SearchRequest:
     uniform_margin: float = 0.0
     """A layer-wise plan must be faster than the best uniform one by more than this fraction, or the uniform
     one is chosen: below the uncertainty of the prediction, simple is better. 0 always takes the fastest."""
-    runners_up: int = 3
-    """How many next-best plans, of other outer decisions, to report."""
+    runners_up: int = 5
+    """How many competitors, of other outer decisions, to report."""
 
     def __post_init__(self) -> None:
         for name in ("world_size", "devices_per_node", "memory_bytes", "max_virtual_stages"):
