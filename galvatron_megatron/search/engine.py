@@ -16,7 +16,7 @@ from galvatron_megatron.search.evaluation import evaluate, step_overhead_seconds
 from galvatron_megatron.search.nearest import nothing_fits
 from galvatron_megatron.search.request import SearchRequest
 from galvatron_megatron.search.result import SearchResult
-from galvatron_megatron.search.uniform import capacity_bound, solve_uniform, uniform_points
+from galvatron_megatron.search.uniform import UniformPoint, capacity_bound, solve_uniform, uniform_points
 
 _TIE = 1e-12
 
@@ -58,11 +58,20 @@ def search(
         run.uniform()
         if request.layerwise:
             run.layerwise()
+        run.competitors()
     except KeyboardInterrupt:
         if run.best is None:
             raise
         run.interrupted = True
     return run.result(started)
+
+
+def outer_decisions(plan: Plan) -> tuple:
+    """What runners-up differ in: batch, pipeline, virtual stages, micro-batches and base layout.
+
+    The ZeRO stage of embedding and head is not one of them.
+    """
+    return (plan.global_batch_size, plan.pp, plan.virtual_stages, plan.micro_batches, plan.base.layout)
 
 
 class _Run:
@@ -79,6 +88,8 @@ class _Run:
         self.best: tuple[float, Plan] | None = None
         self.best_uniform: tuple[float, Plan] | None = None
         self.found: dict[tuple, tuple[float, Plan]] = {}
+        self.other_uniform: list[tuple[float, UniformPoint]] = []
+        """Uniform points that are not the best one, with bounds of their seconds per sample."""
         self.open_bound = 0.0
         self.interrupted = False
         self.points = sum(len(b.bases) * len(b.virtual_stages) for b in self.branches)
@@ -132,9 +143,9 @@ class _Run:
         ]
         heapify(heap)
         while heap:
-            bound, _, point, is_tight = heappop(heap)
-            if self.best_uniform is not None and bound >= self.best_uniform[0]:
+            if self.best_uniform is not None and heap[0][0] >= self.best_uniform[0]:
                 break
+            bound, _, point, is_tight = heappop(heap)
             if not self.request.layerwise:
                 self.report(bound)
             branch = point.branch
@@ -143,11 +154,16 @@ class _Run:
                 tight = capacity_bound(point, cutoff)
                 if tight < cutoff:
                     heappush(heap, (max(bound, self.per_sample(tight, branch)), next(ticket), point, True))
+                else:
+                    self.other_uniform.append((max(bound, self.per_sample(cutoff, branch)), point))
                 continue
             self.solved += 1
             plan = solve_uniform(point, cutoff)
             if plan is not None:
                 self.best_uniform = (self.keep(plan), plan)
+            else:
+                self.other_uniform.append((max(bound, self.per_sample(cutoff, branch)), point))
+        self.other_uniform += [(bound, point) for bound, _, point, _ in heap]
         self.open_bound = np.inf if not self.request.layerwise else 0.0
 
     def layerwise(self) -> None:
@@ -184,6 +200,52 @@ class _Run:
                     self.keep(plan)
         self.open_bound = np.inf
 
+    def others(self) -> list[tuple[float, Plan]]:
+        """The best plan known of every outer decision but the chosen plan's, the fastest first."""
+        own = outer_decisions(self.chosen()[1])
+        return sorted((entry for key, entry in self.found.items() if key != own), key=lambda entry: entry[0])
+
+    def competitors(self) -> None:
+        """Finds the best uniform plan of other outer decisions, until no further one is among the runners-up.
+
+        What was solved layer by layer to prove the best plan is known already; a branch that a bound excluded
+        enters with its best uniform plan.
+        """
+        wanted = self.request.runners_up
+        if self.best is None or not wanted:
+            return
+        ticket = count()
+        heap = [(bound, next(ticket), point) for bound, point in self.other_uniform]
+        heapify(heap)
+        own, others = outer_decisions(self.chosen()[1]), self.others()
+        while heap:
+            bound, _, point = heappop(heap)
+            limit = others[wanted - 1][0] if len(others) >= wanted else np.inf
+            if bound >= limit:
+                break
+            branch, base = point.branch, point.base
+            outer = branch.outer
+            family = (outer.global_batch_size, outer.pp, point.virtual_stages, outer.micro_batches, base.layout)
+            if family == own:
+                continue
+            known = self.found.get(family)
+            limit = limit if known is None else min(limit, known[0])
+            if bound >= limit:
+                continue
+            cutoff = limit * outer.global_batch_size - self.outside
+            if capacity_bound(point, cutoff) < cutoff:
+                plan = solve_uniform(point, cutoff)
+                if plan is not None:
+                    self.keep(plan)
+                    others = self.others()
+
+    def chosen(self) -> tuple[float, Plan]:
+        """The answer: the best plan, or the best uniform one where the margin prefers it."""
+        margin = max(self.request.uniform_margin, _TIE)
+        if self.best_uniform is not None and self.best[0] >= self.best_uniform[0] * (1 - margin):
+            return self.best_uniform
+        return self.best
+
     def result(self, started: float) -> SearchResult:
         """Puts the answer together.
 
@@ -197,10 +259,8 @@ class _Run:
         uniform = None
         if self.best_uniform is not None:
             uniform = (self.best_uniform[1], self.best_uniform[0] * self.best_uniform[1].global_batch_size)
-            if value >= self.best_uniform[0] * (1 - max(self.request.uniform_margin, _TIE)):
-                value, plan = self.best_uniform
+        value, plan = self.chosen()
         cost = evaluate(plan, self.cost_model)
-        others = sorted(((v, p) for v, p in self.found.values() if p != plan), key=lambda entry: entry[0])
         seconds = cost.step_seconds + self.outside
         return SearchResult(
             plan=plan,
@@ -210,7 +270,7 @@ class _Run:
             memory_bytes=list(cost.stage_bytes),
             samples_per_second=plan.global_batch_size / seconds,
             search_seconds=time.perf_counter() - started,
-            runners_up=[(p, v * p.global_batch_size) for v, p in others[: self.request.runners_up]],
+            runners_up=[(p, v * p.global_batch_size) for v, p in self.others()[: self.request.runners_up]],
             best_uniform=uniform,
             best_layerwise=layerwise if self.request.layerwise else None,
             gap=self.gap() if self.interrupted else 0.0,

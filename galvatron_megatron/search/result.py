@@ -21,8 +21,12 @@ class SearchResult:
     samples_per_second: float
     search_seconds: float
     runners_up: list[tuple[Plan, float]]
-    """Next-best plans met, with other outer decisions, and their step seconds, the fastest first. Each is
-    the best of its own outer decisions at the time it was met; only ``plan`` is proven best of all."""
+    """The best competitors with their step seconds, the fastest first: one plan of each combination of outer
+    decisions (batch, pp, virtual stages, micro-batches, base layout) that the chosen plan does not have. A
+    combination that had to be solved to prove the answer stands with its best plan, as a rule layer-wise;
+    one that bounds excluded stands with its best uniform plan: a layer-wise plan of it may be faster than
+    that, but not than ``best_layerwise``. ``Plan.is_uniform`` tells which. No uniform plan of a combination
+    that is missing is faster than the last. After an interruption only what was met is listed."""
     best_uniform: tuple[Plan, float] | None
     """Best plan that runs every layer alike, with its step seconds; None where none fits."""
     best_layerwise: tuple[Plan, float] | None
