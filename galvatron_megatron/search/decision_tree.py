@@ -8,7 +8,7 @@ only. Every rule is a function with a name and a reason; ``Space.cuts`` counts w
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 
 from galvatron_megatron.cost.protocol import Setting
@@ -89,7 +89,12 @@ class Space:
         Raises:
             SearchError: no branch is left; names the rule that cut the last ones.
         """
-        found = []
+        found = tuple(self._outers())
+        if not found:
+            raise SearchError(self._empty_message())
+        return found
+
+    def _outers(self) -> Iterator[Outer]:
         for batch in self.request.batch_sizes:
             for pp in self._pipeline_degrees():
                 ranks = self.request.world_size // pp
@@ -98,19 +103,45 @@ class Space:
                 for micro_batches in divisors(batch):
                     outer = Outer(global_batch_size=batch, pp=pp, ranks=ranks, micro_batches=micro_batches)
                     if self.bases(outer):
-                        found.append(outer)
-        if not found:
-            raise SearchError(self._empty_message())
-        return tuple(found)
+                        yield outer
 
     def _empty_message(self) -> str:
         last = ", ".join(f"{RULES[name]} ({count} cut)" for name, count in self.cuts.most_common(3))
         smallest = self.smallest_batch()
         hint = f"; nearest valid: a batch that is a multiple of {smallest}" if smallest else ""
+        freed = self.remedies_by_hand()
+        if freed:
+            hint += f"; {'or' if hint else 'valid:'} {' or '.join(freed)}"
         return (
             f"search space: empty for {self.request.world_size} devices and global batch "
             f"{self.request.batch_sizes[0]}: {last or 'no degrees'}{hint}"
         )
+
+    def remedies_by_hand(self) -> list[str]:
+        """Single decisions made by hand without which the space is not empty, with the values they may take."""
+        found = []
+        fixed = self.request.constraints
+        for name in (entry.name for entry in fields(fixed)):
+            if getattr(fixed, name) is None:
+                continue
+            freed = replace(self.request, constraints=replace(fixed, **{name: None}))
+            space = Space(request=freed)
+            values: set = set()
+            outers = tuple(space._outers())
+            for outer in outers:
+                for base in space.bases(outer):
+                    if name == "pp":
+                        values.add(outer.pp)
+                    elif name == "micro_batch_size":
+                        values.add(outer.samples // base.dp)
+                    elif name in ("tp", "cp", "zero"):
+                        values.add(getattr(base, name))
+            if outers:
+                shown = ", ".join(map(str, sorted(values)))
+                found.append(
+                    f"{name} {shown} instead of {getattr(fixed, name)}" if shown else f"{name} left free"
+                )
+        return found
 
     def smallest_batch(self) -> int | None:
         """The smallest data-parallel degree of any base layout: the batch must be a multiple of one."""

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 
@@ -86,7 +86,10 @@ def nothing_fits(request: SearchRequest, branches: Sequence[Branch], cost_model:
     fit."""
     found = smallest_plan(branches, cost_model)
     if found is None:
-        return SearchError("search: no partition keeps the decisions made by hand; valid: lift one of them")
+        return SearchError(
+            f"search: no partition keeps the decisions made by hand; valid: leave free one of "
+            f"{_by_hand(request.constraints)}"
+        )
     plan, needed = found
     stage_bytes = evaluate(plan, cost_model).stage_bytes
     worst = int(np.argmax(stage_bytes))
@@ -118,5 +121,12 @@ def _remedy(request: SearchRequest, needed: int, cost_model: CostModel) -> str:
         found = smallest_plan([branch for branch in branches if branch.is_possible], cost_model)
         if found is not None and found[1] <= request.memory_bytes:
             strategies = ", ".join(str(strategy) for strategy in found[0].strategies)
-            remedies.insert(0, f"lift what is fixed by hand: pp {found[0].pp} with {strategies} fits")
+            remedies.insert(
+                0, f"leave free {_by_hand(request.constraints)}: pp {found[0].pp} with {strategies} fits"
+            )
     return "; or ".join(remedies)
+
+
+def _by_hand(constraints: Constraints) -> str:
+    fixed = ((entry.name, getattr(constraints, entry.name)) for entry in fields(constraints))
+    return ", ".join(f"{name} {value}" for name, value in fixed if value is not None)

@@ -124,6 +124,20 @@ def test_an_empty_space_says_which_rule_emptied_it():
         Space(request=request(constraints=Constraints(pp=5))).outers()
 
 
+@pytest.mark.parametrize(
+    ("fixed", "message"),
+    [
+        (Constraints(pp=5), r"valid: pp 1, .* instead of 5$"),
+        (Constraints(pp=1, tp=5), r"valid: tp 1, .* instead of 5$"),
+        (Constraints(tp=1, micro_batch_size=10**6), r"micro_batch_size 1, .* instead of 1000000$"),
+    ],
+)
+def test_an_empty_space_names_the_decision_to_leave_free(fixed, message):
+    with pytest.raises(SearchError, match=message) as caught:
+        Space(request=request(constraints=fixed)).outers()
+    assert "\n" not in str(caught.value)
+
+
 def test_every_cut_has_a_reason():
     space = Space(request=request())
     for outer in space.outers():
