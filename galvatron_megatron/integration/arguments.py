@@ -117,6 +117,9 @@ def _prepare_device(options: Options, args: Namespace) -> None:
     """Installs the device and sets the arguments it needs; says so once."""
     import torch
 
+    if options.plans or options.device == "cpu":
+        # Megatron demands it where a plan splits tensors, and it counts only if set before CUDA starts.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if options.device == "cpu":
         from galvatron_megatron.integration import cpu_device
 
