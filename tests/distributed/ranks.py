@@ -6,12 +6,14 @@
     def test_it(ranks):
         results = ranks(4).run(check, tp=2)         # one result per rank
 
-Every rank has the CPU device back end and a gloo process group over all ranks. Megatron's parallel groups are
-destroyed after each case. A case that fails or takes too long raises here, with the traceback of the rank, and
-the next case gets fresh ranks.
+Every rank has the CPU device back end and, for each case, a new gloo process group over all ranks; all groups
+are destroyed after each case. A case that fails or takes too long raises here, with the traceback of the rank,
+and the next case gets fresh ranks.
 """
 
+import gc
 import importlib
+import itertools
 import multiprocessing
 import os
 import socket
@@ -21,6 +23,9 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+CASES_OF_A_PROCESS = 20
+"""Cases after which ranks are started anew: gloo threads of groups that Megatron still refers to add up."""
 
 
 class RankError(AssertionError):
@@ -47,6 +52,7 @@ class Ranks:
         self.timeout_seconds = timeout_seconds
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._pipes: list[Connection] = []
+        self._cases = 0
 
     def run(
         self, function: Callable[..., Any], *args: Any, timeout_seconds: float | None = None, **kwargs: Any
@@ -65,8 +71,11 @@ class Ranks:
         Raises:
             RankError: it raised on a rank, a rank died, or time ran out.
         """
+        if self._cases >= CASES_OF_A_PROCESS:
+            self.close()
         if not self._processes:
             self._start()
+        self._cases += 1
         for pipe in self._pipes:
             pipe.send((function.__module__, function.__qualname__, args, kwargs))
         try:
@@ -91,7 +100,7 @@ class Ranks:
             process.join()
         for pipe in self._pipes:
             pipe.close()
-        self._processes, self._pipes = [], []
+        self._processes, self._pipes, self._cases = [], [], 0
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -152,17 +161,24 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
 
         torch.set_num_threads(1)
         cpu_device.install()
-        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+        store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
     except BaseException:
         pipe.send((False, traceback.format_exc()))
         return
     pipe.send((True, None))
-    while True:
+    for case in itertools.count():
         try:
             module, name, args, kwargs = pipe.recv()
         except EOFError:
             return
         try:
+            # Every rank has answered the last case, so that nobody waits in a group of it any more. Its groups
+            # hold threads, and hundreds of them would slow down all later cases.
+            if dist.is_initialized():
+                gc.collect()
+                dist.destroy_process_group()
+            own_store = dist.PrefixStore(f"case {case}", store)
+            dist.init_process_group("gloo", store=own_store, rank=rank, world_size=world_size)
             function: Any = importlib.import_module(module)
             for part in name.split("."):
                 function = getattr(function, part)
