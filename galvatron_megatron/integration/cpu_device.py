@@ -128,6 +128,7 @@ class CpuDevice:
         return self
 
     def _disable_compile(self) -> None:
+        self._compile_variable = os.environ.get("TORCHDYNAMO_DISABLE")
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
         # Megatron's modules may be imported already, and their functions wrapped.
         dynamo = import_module("torch._dynamo.config")
@@ -135,7 +136,10 @@ class CpuDevice:
         dynamo.disable = True
 
     def _restore_compile(self) -> None:
-        os.environ.pop("TORCHDYNAMO_DISABLE", None)
+        if self._compile_variable is None:
+            os.environ.pop("TORCHDYNAMO_DISABLE", None)
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = self._compile_variable
         import_module("torch._dynamo.config").disable = self._compile_was_disabled
 
     def uninstall(self) -> None:
