@@ -129,17 +129,6 @@ class Estimate:
         return max(stage.peak_bytes for stage in self.stages)
 
 
-def plan_setting(plan: Plan) -> Setting:
-    """The setting under which the layers of a plan are priced."""
-    return Setting(
-        pp=plan.pp,
-        virtual_stages=plan.virtual_stages,
-        micro_batch_size=plan.micro_batch_size,
-        micro_batches=plan.micro_batches,
-        base=plan.base,
-    )
-
-
 def estimate_plan(plan: Plan, costs: TermCostModel) -> Estimate:
     """Predicts step time and memory of a plan with the formulas the search optimises.
 
@@ -157,7 +146,7 @@ def estimate_plan(plan: Plan, costs: TermCostModel) -> Estimate:
         raise PlanError(
             f"plan: {len(plan.layers)} layers; valid: the {len(costs.model.layers)} of model {costs.model.name}"
         )
-    setting = plan_setting(plan)
+    setting = Setting.of(plan)
     starts = [0]
     for stage in plan.stages:
         starts.append(starts[-1] + len(stage.layers))

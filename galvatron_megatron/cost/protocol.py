@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.strategy import Strategy
 
 
@@ -17,6 +18,17 @@ class Setting:
     micro_batches: int
     base: Strategy
     """The base layout of embedding and head; base.ranks is the number of ranks of a stage."""
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Setting":
+        """The setting in which the layers of a plan are priced."""
+        return cls(
+            pp=plan.pp,
+            virtual_stages=plan.virtual_stages,
+            micro_batch_size=plan.micro_batch_size,
+            micro_batches=plan.micro_batches,
+            base=plan.base,
+        )
 
     @property
     def micro_batch_samples(self) -> int:

@@ -23,17 +23,6 @@ class PlanCost:
         return max(self.stage_bytes) <= memory_bytes
 
 
-def setting_of_plan(plan: Plan) -> Setting:
-    """The setting in which the layers of a plan are priced."""
-    return Setting(
-        pp=plan.pp,
-        virtual_stages=plan.virtual_stages,
-        micro_batch_size=plan.micro_batch_size,
-        micro_batches=plan.micro_batches,
-        base=plan.base,
-    )
-
-
 def evaluate(plan: Plan, cost_model: CostModel) -> PlanCost:
     """Prices a plan exactly as the search does.
 
@@ -44,7 +33,7 @@ def evaluate(plan: Plan, cost_model: CostModel) -> PlanCost:
     Raises:
         PlanError: a price is not a number, so that the plan has none.
     """
-    setting = setting_of_plan(plan)
+    setting = Setting.of(plan)
     last = plan.pp * plan.virtual_stages - 1
     seconds: list[list[float]] = [[] for _ in range(plan.pp)]
     sync: list[list[float]] = [[] for _ in range(plan.pp)]

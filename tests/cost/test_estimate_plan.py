@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from galvatron_megatron.cost.estimate import estimate_plan, plan_setting, simulate_estimate
+from galvatron_megatron.cost.estimate import estimate_plan, simulate_estimate
 from galvatron_megatron.cost.objective import step_seconds
+from galvatron_megatron.cost.protocol import Setting
 from galvatron_megatron.cost.records.values import uniform_plan
 from galvatron_megatron.errors import PlanError
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
@@ -32,8 +33,8 @@ def test_stage_formula() -> None:
         assert sum(term.value for term in stage.memory_terms) == pytest.approx(stage.peak_bytes)
         assert stage.allocated_bytes < stage.peak_bytes
     # The first rank keeps two micro-batches alive, the last one, but that keeps the logits.
-    head = price.head_cost(plan_setting(chosen)).activation_bytes
-    embedding = price.embedding_cost(plan_setting(chosen)).activation_bytes
+    head = price.head_cost(Setting.of(chosen)).activation_bytes
+    embedding = price.embedding_cost(Setting.of(chosen)).activation_bytes
     assert stages[0].activation_bytes - 2 * embedding == 2 * (stages[1].activation_bytes - head)
 
 
