@@ -1,12 +1,13 @@
 """Shows the answer of a search: the plan, what stands beside it, and why."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import groupby
 
 from rich.console import Console
 from rich.table import Table
 
-from galvatron_megatron.plan.plan import Plan
+from galvatron_megatron.plan.plan import Fingerprints, Plan
 from galvatron_megatron.plan.runnable import execution_problem
 from galvatron_megatron.plan.serialization import plan_to_dict
 from galvatron_megatron.search.decision_tree import RULES, Space
@@ -81,9 +82,8 @@ def print_search(
     """Prints the answer."""
     plan = result.plan
     console.print(f"[bold]{plan_line(plan)}[/bold]", highlight=False, markup=True)
-    proof = "proven fastest of the space" if result.gap == 0 else f"interrupted, at most {result.gap:.2%} off"
     console.print(
-        f"predicted {result.step_seconds:.4f} s a step, {result.samples_per_second:.2f} samples/s ({proof}; "
+        f"predicted {result.step_seconds:.4f} s a step, {result.samples_per_second:.2f} samples/s ({_proof(result)}; "
         f"{result.outer_points} outer points, {result.solved_points} solved, {result.search_seconds:.2f} s)"
     )
     console.print(_stages(result, request))
@@ -100,6 +100,30 @@ def print_search(
                 "no plan" if answer.plan is None else f"{answer.gain:+.1%} throughput: {plan_line(answer.plan)}"
             )
             console.print(f"with {answer.change}: {found}", highlight=False, markup=False)
+
+
+def _proof(result: SearchResult) -> str:
+    """How sure it is that nothing is faster."""
+    if result.gap > 0:
+        return f"interrupted, at most {result.gap:.2%} off"
+    layerwise = result.best_layerwise
+    if layerwise is None or _decisions(layerwise[0]) == _decisions(result.plan):
+        return "proven fastest of the space"
+    gain = _relative_seconds(result, result.plan, result.step_seconds, than=layerwise)
+    return f"proven fastest uniform plan, preferred to a layer-wise one only {gain:.2%} faster"
+
+
+def _decisions(plan: Plan) -> Plan:
+    """The plan without what it was made for, to compare it with others of the same search."""
+    return replace(plan, fingerprints=Fingerprints())
+
+
+def _relative_seconds(
+    result: SearchResult, plan: Plan, seconds: float, *, than: tuple[Plan, float] | None = None
+) -> float:
+    """By which fraction ``plan`` takes longer for a sample than another, or than the chosen plan."""
+    other, other_seconds = (result.plan, result.step_seconds) if than is None else than
+    return (seconds / plan.global_batch_size) / (other_seconds / other.global_batch_size) - 1
 
 
 def _stages(result: SearchResult, request: SearchRequest) -> Table:
@@ -125,19 +149,30 @@ def _stages(result: SearchResult, request: SearchRequest) -> Table:
 
 
 def _beside(result: SearchResult) -> Table:
+    """The best uniform and the best layer-wise plan and the competitors, each plan once."""
     table = Table(title="beside it")
-    for name in ("", "s a step", "slower by", "plan"):
-        table.add_column(name, justify="left" if name in ("", "plan") else "right")
+    for name in ("", "kind", "s a step", "slower by", "plan"):
+        table.add_column(name, justify="right" if name.startswith("s") else "left")
     rows = []
     if result.best_uniform is not None:
         rows.append(("best uniform", *result.best_uniform))
     if result.best_layerwise is not None:
-        rows.append(("best layer-wise", *result.best_layerwise))
-    rows += [(f"runner-up {number}", *entry) for number, entry in enumerate(result.runners_up, 1)]
-    chosen = result.step_seconds / result.plan.global_batch_size
+        rows.append(("fastest", *result.best_layerwise))
+    rows += [("competitor", *entry) for entry in result.runners_up]
+    shown: set[Plan] = set()
     for name, plan, seconds in rows:
-        slower = seconds / plan.global_batch_size / chosen - 1
-        table.add_row(name, f"{seconds:.4f}", f"{slower:.2%}", plan_line(plan))
+        decisions = _decisions(plan)
+        if decisions in shown:
+            continue
+        shown.add(decisions)
+        chosen = ", chosen" if decisions == _decisions(result.plan) else ""
+        table.add_row(
+            name + chosen,
+            "uniform" if plan.is_uniform else "layer-wise",
+            f"{seconds:.4f}",
+            f"{_relative_seconds(result, plan, seconds):.2%}",
+            plan_line(plan),
+        )
     return table
 
 
