@@ -83,8 +83,9 @@ def print_search(
     plan = result.plan
     console.print(f"[bold]{plan_line(plan)}[/bold]", highlight=False, markup=True)
     console.print(
-        f"predicted {result.step_seconds:.4f} s a step, {result.samples_per_second:.2f} samples/s ({_proof(result)}; "
-        f"{result.outer_points} outer points, {result.solved_points} solved, {result.search_seconds:.2f} s)"
+        f"predicted {result.step_seconds:.4f} s a step, {result.samples_per_second:.2f} samples/s "
+        f"({_proof(result)}; {result.outer_points} outer points, {result.solved_points} solved, "
+        f"{result.search_seconds:.2f} s)"
     )
     console.print(_stages(result, request))
     console.print(_beside(result))
