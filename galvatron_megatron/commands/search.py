@@ -13,7 +13,8 @@ from galvatron_megatron.cost.galvatron_table import GalvatronCostModel
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.protocol import CostModel
 from galvatron_megatron.describe.cluster import Cluster, read_cluster
-from galvatron_megatron.describe.galvatron_files import read_galvatron_profile, write_galvatron_config
+from galvatron_megatron.describe.galvatron_config import write_galvatron_config
+from galvatron_megatron.describe.galvatron_files import read_galvatron_profile
 from galvatron_megatron.describe.model_file import read_model
 from galvatron_megatron.describe.shipped import find_description
 from galvatron_megatron.errors import SearchError
