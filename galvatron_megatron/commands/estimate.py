@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from galvatron_megatron.commands.plan_file import read_plan_file
 from galvatron_megatron.cost.analytic import AnalyticCostModel, CountSource
 from galvatron_megatron.cost.estimate import Estimate, TermCostModel, estimate_plan, simulate_estimate
 from galvatron_megatron.cost.measured import MeasuredCostModel
@@ -23,7 +24,6 @@ from galvatron_megatron.describe.profile_key import shape_digest
 from galvatron_megatron.describe.profile_store import check_directory, list_profiles
 from galvatron_megatron.errors import DescriptionError, PlanError
 from galvatron_megatron.plan.plan import Plan
-from galvatron_megatron.plan.serialization import read_plan
 from galvatron_megatron.report.estimate_report import (
     compare_document,
     estimate_document,
@@ -102,7 +102,9 @@ def run(arguments: argparse.Namespace) -> int:
     estimate = _estimate(plan, costs)
     console = Console()
     if arguments.compare is not None:
-        other = _checked(read_plan(arguments.compare), model, cluster, str(arguments.compare))
+        other = _checked(
+            read_plan_file(arguments.compare, cluster.world_size), model, cluster, str(arguments.compare)
+        )
         document = compare_document(
             (name, str(arguments.compare)),
             (estimate, _estimate(other, costs)),
@@ -145,7 +147,7 @@ def _what(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Model, Plan,
             "nothing to estimate; valid: PLAN --model MODEL, or -- followed by a Megatron command line"
         )
     model = read_model(arguments.model, seq_length=arguments.seq_length)
-    plan = _checked(read_plan(words[0]), model, cluster, words[0])
+    plan = _checked(read_plan_file(words[0], cluster.world_size), model, cluster, words[0])
     options = RunOptions(
         overlap_gradients=arguments.overlap_grad_reduce, overlap_parameters=arguments.overlap_param_gather
     )

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from galvatron_megatron.commands.plan_file import is_galvatron_config, read_plan_file
 from galvatron_megatron.describe.model import Model
 from galvatron_megatron.describe.model_file import read_model
 from galvatron_megatron.describe.plan_check import check_plan
@@ -13,7 +14,7 @@ from galvatron_megatron.errors import DescriptionError, PlanError
 from galvatron_megatron.plan.document import write_document
 from galvatron_megatron.plan.megatron_arguments import command_line, runs_on_stock_megatron, shell_line
 from galvatron_megatron.plan.plan import Plan
-from galvatron_megatron.plan.serialization import plan_to_json, plan_to_yaml, read_plan
+from galvatron_megatron.plan.serialization import plan_to_json, plan_to_yaml
 
 HELP = "write a plan as Megatron arguments or for other tools"
 
@@ -38,6 +39,11 @@ def _megatron(plan: Plan, path: Path, model: Model | None) -> str:
         f"{path}: the layers differ in more than Megatron's flags can say; train with this package installed",
         file=sys.stderr,
     )
+    if is_galvatron_config(path):
+        raise PlanError(
+            f"{path}: its layers differ, which only a plan file can say to a job; valid: --format yaml "
+            "--output plan.yaml first"
+        )
     # No degree is given: what stands on the command line holds for every layer.
     batch = [
         "--micro-batch-size",
@@ -78,6 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seq-length", type=int, metavar="TOKENS", help="sequence length, instead of the model file's"
     )
+    parser.add_argument(
+        "--devices", type=int, metavar="N", help="devices, where PLAN is a galvatron_config of Hetu-Galvatron"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of printing")
 
 
@@ -92,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.format == "yaml" and arguments.output is not None and arguments.output.suffix == ".json":
         raise PlanError(f"--output {arguments.output}: would hold YAML; valid: a name that ends with .yaml")
     path = find_description("plans", arguments.plan)
-    plan = read_plan(path)
+    plan = read_plan_file(path, arguments.devices)
     model = None
     if arguments.model is not None:
         model = read_model(arguments.model, seq_length=arguments.seq_length)

@@ -123,3 +123,17 @@ def test_shipped_plans_fit_the_model_they_are_named_after(path: Path, capsys: py
     )
     assert main(["export", str(path), "--model", str(model)]) == 0
     assert "--global-batch-size" in capsys.readouterr().out
+
+
+def test_a_strategy_file_of_hetu_galvatron_becomes_a_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (config,) = (ROOT / "tests/data/galvatron_a100_8gpu").glob("galvatron_config_*.json")
+    out = tmp_path / "plan.yaml"
+    assert main(["export", str(config), "--devices", "8", "--format", "yaml", "--output", str(out)]) == 0
+    plan = read_plan(out)
+    assert (plan.world_size, plan.global_batch_size, len(plan.layers)) == (8, 16, 32)
+    assert main(["export", str(config), "--format", "yaml"]) == 2
+    assert "--devices N" in capsys.readouterr().err
+    assert main(["export", str(config), "--devices", "8"]) == 2
+    assert "--format yaml" in capsys.readouterr().err
