@@ -11,6 +11,7 @@ import numpy as np
 from galvatron_megatron.cost.protocol import CostModel
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.search.branch import Branch
+from galvatron_megatron.search.checked_costs import CheckedCosts
 from galvatron_megatron.search.decision_tree import Space
 from galvatron_megatron.search.evaluation import evaluate, step_overhead_seconds
 from galvatron_megatron.search.nearest import nothing_fits
@@ -53,7 +54,7 @@ def search(
         SearchError: the space is empty, nothing fits, or a price is not a number.
     """
     started = time.perf_counter()
-    run = _Run(request, cost_model, progress)
+    run = _Run(request, CheckedCosts(cost_model), progress)
     try:
         run.uniform()
         if request.layerwise:

@@ -1,17 +1,13 @@
 """Prices of all strategies of one kind of layer, as arrays."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
-from galvatron_megatron.cost.protocol import CostModel, LayerCost, Setting
-from galvatron_megatron.errors import SearchError
+from galvatron_megatron.cost.protocol import CostModel, Setting
 from galvatron_megatron.plan.strategy import Strategy
-
-_FIELDS = tuple(entry.name for entry in fields(LayerCost))
-_LARGEST_BYTES = 2**50  # sums of up to 8,000 such numbers are still exact in a 64-bit float
+from galvatron_megatron.search.checked_costs import checked
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -83,33 +79,6 @@ class Options:
         earlier = np.tri(count, count, -1, dtype=bool).T  # [i, j]: i comes before j
         drop = (better & (~equal | earlier)).any(0)
         return self.take(np.flatnonzero(~drop))
-
-
-def checked(cost: LayerCost, where: str) -> tuple[float, ...]:
-    """Reads a price as five floats.
-
-    Raises:
-        SearchError: a price is NaN, infinite, negative or, for bytes, not whole or beyond 2**50.
-    """
-    row = (
-        cost.micro_batch_seconds,
-        cost.sync_seconds,
-        cost.state_bytes,
-        cost.activation_bytes,
-        cost.transient_bytes,
-    )
-    # One comparison accepts almost every row: a NaN or negative number makes it false.
-    sound = min(row) >= 0 and max(row) < _LARGEST_BYTES and not math.isnan(sum(row))
-    if sound and all(amount == int(amount) for amount in row[2:]):
-        return row
-    for name, value in zip(_FIELDS, row, strict=True):
-        whole = not name.endswith("bytes") or (math.isfinite(value) and value == int(value))
-        if not (0 <= value < _LARGEST_BYTES) or not whole:
-            raise SearchError(
-                f"cost of {where}: {name} is {value!r}; valid: a finite number >= 0, whole and below "
-                f"2**50 for bytes"
-            )
-    raise AssertionError("unreachable")
 
 
 def price_options(

@@ -295,3 +295,39 @@ def test_bad_prices_are_named_before_the_search(bad):
 
     with pytest.raises(SearchError, match=r"layer 0 under tp2.*micro_batch_seconds"):
         search(request, Broken(request.model, 0))
+
+
+class _BrokenEnds(RandomCosts):
+    """One price outside the layers is no number to plan with."""
+
+    broken, bad = "", math.nan
+
+    def _maybe(self, name, value):
+        return self.bad if name == self.broken else value
+
+    def embedding_cost(self, setting):
+        cost = super().embedding_cost(setting)
+        return replace(cost, sync_seconds=self._maybe("embedding", cost.sync_seconds))
+
+    def head_cost(self, setting):
+        cost = super().head_cost(setting)
+        return replace(cost, state_bytes=self._maybe("head", cost.state_bytes))
+
+    def reshard_seconds(self, *arguments):
+        return self._maybe("resharding", super().reshard_seconds(*arguments))
+
+    def send_seconds(self, setting):
+        return self._maybe("send", super().send_seconds(setting))
+
+    def overhead_bytes(self, *arguments):
+        return self._maybe("overhead", super().overhead_bytes(*arguments))
+
+
+@pytest.mark.parametrize("bad", [math.nan, -1.0, math.inf])
+@pytest.mark.parametrize("broken", ["embedding", "head", "resharding", "send", "overhead"])
+def test_bad_prices_outside_the_layers_are_named(broken, bad):
+    request, _ = problem(0)
+    costs = _BrokenEnds(request.model, 0)
+    costs.broken, costs.bad = broken, bad
+    with pytest.raises(SearchError, match=rf"cost of .*{broken}.* is (nan|-1.0|inf)"):
+        search(request, costs)
