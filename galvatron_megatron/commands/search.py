@@ -73,12 +73,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     limits.add_argument("--no-ulysses", action="store_true", help="no Ulysses sequence parallelism")
     limits.add_argument("--no-context-parallel", action="store_true", help="no context parallelism")
+    limits.add_argument("--no-expert-parallel", action="store_true", help="no expert parallelism")
     limits.add_argument("--no-interleaving", action="store_true", help="one virtual stage per rank")
     limits.add_argument("--no-recompute", action="store_true", help="no recomputation")
     limits.add_argument("--tp-across-nodes", action="store_true", help="tp groups may span nodes")
     fixed = parser.add_argument_group("decisions made by hand")
     for name in ("pp", "tp", "cp", "zero", "virtual-stages", "micro-batch-size"):
         fixed.add_argument(f"--{name}", type=int)
+    fixed.add_argument("--ep", type=int, help="expert parallelism of layers with experts")
+    fixed.add_argument("--etp", type=int, help="in how many parts each expert is split")
     fixed.add_argument("--sequence-parallel", choices=[kind.value for kind in SequenceParallel])
     fixed.add_argument("--recompute", choices=[kind.value for kind in Recompute])
     job = parser.add_argument_group("how the job runs beside the plan")
@@ -133,7 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.galvatron_profile, seq_length=model.seq_length, world_size=cluster.world_size
         )
         cost_model = GalvatronCostModel(model, profile)
-        request = replace(request, allow_cp=False, allow_plain_tp=False)
+        request = replace(request, allow_cp=False, allow_plain_tp=False, allow_expert_parallel=False)
     with _ProgressBar(quiet=arguments.json) as bar:
         result = search(request, cost_model, progress=bar.show)
     marks = Fingerprints(model=model.fingerprint(), cluster=cluster.fingerprint())
@@ -162,6 +165,8 @@ def _request(arguments: argparse.Namespace, model, cluster: Cluster, memory: int
         cp=arguments.cp,
         pp=arguments.pp,
         zero=arguments.zero,
+        expert_parallel=arguments.ep,
+        expert_tensor_parallel=arguments.etp,
         sequence_parallel=None if kind is None else SequenceParallel(kind),
         recompute=None if arguments.recompute is None else Recompute(arguments.recompute),
         virtual_stages=arguments.virtual_stages,
@@ -180,6 +185,7 @@ def _request(arguments: argparse.Namespace, model, cluster: Cluster, memory: int
         max_zero=arguments.max_zero,
         allow_ulysses=not arguments.no_ulysses,
         allow_cp=not arguments.no_context_parallel,
+        allow_expert_parallel=not arguments.no_expert_parallel,
         allow_interleaving=not arguments.no_interleaving,
         tp_across_nodes=arguments.tp_across_nodes,
         recompute_kinds=(Recompute.NONE,) if arguments.no_recompute else tuple(Recompute),

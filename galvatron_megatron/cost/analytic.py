@@ -1,5 +1,6 @@
 """The analytic cost model: prices layers from counts, a device's constants and the links of a cluster."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Protocol
@@ -14,7 +15,13 @@ from galvatron_megatron.cost.compute import (
 )
 from galvatron_megatron.cost.counts import embedding_counts, head_counts, layer_counts
 from galvatron_megatron.cost.counts_values import LayerCounts
-from galvatron_megatron.cost.memory import optimizer_traffic_bytes, parameter_bytes, state_bytes
+from galvatron_megatron.cost.memory import (
+    Share,
+    optimizer_traffic_bytes,
+    parameter_bytes,
+    parameter_shares,
+    state_bytes,
+)
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.overlap import exposed_seconds
 from galvatron_megatron.cost.protocol import LayerCost, Setting
@@ -253,15 +260,18 @@ class AnalyticCostModel:
         cluster, constants = self.cluster, self.cluster.constants
         precision = self.model.precision
         parameters = counts.parameters - shared_weight
-        replicas, stride = strategy.state_replicas, strategy.weight_shards
+        shares = parameter_shares(parameters, counts.parameters_expert, strategy)
         element = self._element
 
-        def data_parallel(kind: str, size: float) -> float:
-            return collective_seconds(kind, size, replicas, stride, cluster)
+        def data_parallel(kind: str, element_bytes: int) -> float:
+            return sum(
+                collective_seconds(kind, s.parameters * element_bytes, s.replicas, s.stride, cluster)
+                for s in shares
+            )
 
-        gather = data_parallel("all_gather", parameters * element.weight)
+        gather = data_parallel("all_gather", element.weight)
         reduce_kind = "all_reduce" if strategy.zero == 0 else "reduce_scatter"
-        reduce = data_parallel(reduce_kind, parameters * element.gradient)
+        reduce = data_parallel(reduce_kind, element.gradient)
 
         phases, terms = {}, []
         for name, wanted in (("forward", FORWARD_PHASES), ("backward", BACKWARD_PHASES)):
@@ -284,7 +294,7 @@ class AnalyticCostModel:
                 Term(name=f"{name} sharded parameters", value=sharded),
             ]
             phases[name] = total + sharded
-        sync = self._sync_terms(counts, parameters, strategy, micro_batches, gather, reduce, phases)
+        sync = self._sync_terms(counts, shares, strategy, micro_batches, gather, reduce, phases)
         if copied_weight:
             size = copied_weight * element.gradient
             sync.append(
@@ -293,7 +303,8 @@ class AnalyticCostModel:
                     value=collective_seconds("all_reduce", size, 2, copy_stride, cluster),
                 )
             )
-        state = state_bytes(parameters, strategy.zero, replicas, element)
+        state, *of_experts = (state_bytes(s.parameters, strategy.zero, s.replicas, element) for s in shares)
+        state = sum(of_experts, state)
         state_terms = (
             Term(name="weights", value=state.weights),
             Term(name="gradients", value=state.gradients),
@@ -351,7 +362,13 @@ class AnalyticCostModel:
         A context-parallel ring sends while attention computes; the gather that only the weight gradient waits
         for runs while the input gradient is computed.
         """
-        shapes = {"tp": (strategy.tp, 1), "cp": (strategy.cp, strategy.tp)}
+        shapes = {
+            "tp": (strategy.tp, 1),
+            "cp": (strategy.cp, strategy.tp),
+            "etp": (strategy.expert_shards, 1),
+            "ep": (strategy.expert_parallel, strategy.expert_shards),
+            "etp_ep": (strategy.expert_ranks, 1),
+        }
         exposed = hidden = 0.0
         for collective in counts.collectives:
             if collective.phase not in phases:
@@ -369,7 +386,7 @@ class AnalyticCostModel:
     def _sync_terms(
         self,
         counts: LayerCounts,
-        parameters: int,
+        shares: Iterable[Share],
         strategy: Strategy,
         micro_batches: int,
         gather: float,
@@ -402,7 +419,9 @@ class AnalyticCostModel:
                 )
             )
         if options.optimizer_in_step:
-            traffic = optimizer_traffic_bytes(parameters, strategy.zero, strategy.state_replicas, self._element)
+            traffic = sum(
+                optimizer_traffic_bytes(s.parameters, strategy.zero, s.replicas, self._element) for s in shares
+            )
             rate = cluster.device.memory_gb_per_second * GB * constants.memory_efficiency
             terms.append(Term(name="optimizer", value=traffic / rate))
         return terms

@@ -10,9 +10,10 @@ from dataclasses import replace
 from galvatron_megatron.cost.counts_attention import attention
 from galvatron_megatron.cost.counts_builder import Builder, Shapes
 from galvatron_megatron.cost.counts_ends import embedding, head
+from galvatron_megatron.cost.counts_experts import mixture_of_experts
 from galvatron_megatron.cost.counts_latent import latent_attention
 from galvatron_megatron.cost.counts_mamba import mamba
-from galvatron_megatron.cost.counts_mlp import mixture_of_experts, mlp
+from galvatron_megatron.cost.counts_mlp import mlp
 from galvatron_megatron.cost.counts_values import Collective, LayerCounts, Operator
 from galvatron_megatron.describe.model import Layer, Model
 from galvatron_megatron.plan.strategy import Recompute, Strategy

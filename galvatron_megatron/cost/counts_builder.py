@@ -101,6 +101,7 @@ class Builder:
         self.shapes = shapes
         self.sharded = 0
         self.replicated = 0
+        self.expert = 0
         self.tensors = 0
         self.operators: list[Operator] = []
         self.collectives: list[Collective] = []
@@ -120,6 +121,11 @@ class Builder:
             self.sharded += total
         else:
             self.replicated += total
+
+    def expert_parameter(self, *sizes: int, count: int = 1) -> None:
+        """Adds parameter tensors of each of ``count`` experts of this rank."""
+        self.expert += sum(sizes) * count
+        self.tensors += len(sizes) * count
 
     def keep(self, name: str, bytes_: int, *, in_core_attention: bool = False) -> None:
         """Keeps a tensor for the backward pass."""
@@ -207,6 +213,7 @@ class Builder:
         return LayerCounts(
             parameters_sharded=self.sharded,
             parameters_replicated=self.replicated,
+            parameters_expert=self.expert,
             parameter_tensors=self.tensors,
             operators=tuple(operators),
             collectives=tuple(collectives),

@@ -8,7 +8,7 @@ from galvatron_megatron.errors import DescriptionError
 
 OPERATOR_KINDS = ("gemm", "attention", "memory")
 COLLECTIVE_KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
-GROUPS = ("tp", "cp", "dp", "ep", "pp")
+GROUPS = ("tp", "cp", "dp", "ep", "etp", "etp_ep", "pp")
 PHASES = ("forward", "recompute", "backward", "input_gradient", "weight_gradient")
 """``recompute`` is forward work repeated in the backward pass; the GEMMs of a weight count as
 ``input_gradient`` and ``weight_gradient``, everything else of the backward pass as ``backward``."""
@@ -56,7 +56,8 @@ class Collective:
     kind: str
     """One of ``COLLECTIVE_KINDS``."""
     group: str
-    """Which ranks take part: ``tp`` (also Ulysses' group), ``cp``, ``dp``, ``ep`` or ``pp``."""
+    """Which ranks take part: ``tp`` (also Ulysses' group), ``cp``, ``dp``, ``pp``; for experts ``ep``, ``etp``
+    (the parts of one expert) or ``etp_ep`` (all experts)."""
     phase: str
     """One of ``PHASES``; ``weight_gradient`` where only the weight gradient waits for it."""
     bytes: int
@@ -82,6 +83,8 @@ class LayerCounts:
     """Parameters on this rank that are split over tp."""
     parameters_replicated: int
     """Parameters on this rank that every rank of the tp group holds."""
+    parameters_expert: int = 0
+    """Parameters of the experts on this rank, which has its own part of them and its own replicas."""
     parameter_tensors: int = 0
     operators: tuple[Operator, ...] = ()
     collectives: tuple[Collective, ...] = ()
@@ -101,7 +104,7 @@ class LayerCounts:
     @property
     def parameters(self) -> int:
         """Parameters on this rank."""
-        return self.parameters_sharded + self.parameters_replicated
+        return self.parameters_sharded + self.parameters_replicated + self.parameters_expert
 
     def flops(self, *phases: str) -> int:
         """FLOPs of the given phases, of all where none is given."""

@@ -167,6 +167,8 @@ class MeasuredCostModel:
         kind = strategy.sequence_parallel
         if strategy.cp > 1 or strategy.zero > 1 or kind is SequenceParallel.ULYSSES:
             return NOT_MEASURED
+        if strategy != strategy.without_experts:
+            return NOT_MEASURED
         if strategy.zero not in self._steps:
             return NOT_MEASURED
         return self._parts.lookup(part, strategy.tp, kind, recompute, samples)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from galvatron_megatron.cost.options import RunOptions
+from galvatron_megatron.plan.strategy import Strategy
 
 _ADAM_BYTES = 8
 """Two fp32 moments of one parameter."""
@@ -54,6 +55,47 @@ class StateBytes:
     def total(self) -> int:
         """All of it."""
         return self.weights + self.gradients + self.optimizer
+
+    def __add__(self, other: "StateBytes") -> "StateBytes":
+        return StateBytes(
+            weights=self.weights + other.weights,
+            gradients=self.gradients + other.gradients,
+            optimizer=self.optimizer + other.optimizer,
+        )
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Share:
+    """Parameters of a rank that the same ranks replicate."""
+
+    parameters: int
+    replicas: int
+    """How many ranks hold them."""
+    stride: int
+    """Distance between those ranks."""
+
+
+def parameter_shares(parameters: int, expert_parameters: int, strategy: Strategy) -> tuple[Share, ...]:
+    """The parameters of a layer's rank by who replicates them: experts have replicas of their own.
+
+    Args:
+        parameters: of this rank, those of its experts included.
+        expert_parameters: of the experts on this rank.
+        strategy: of the layer.
+
+    Returns:
+        One share, or two for a layer with experts.
+    """
+    dense = Share(
+        parameters=parameters - expert_parameters,
+        replicas=strategy.state_replicas,
+        stride=strategy.weight_shards,
+    )
+    if not expert_parameters:
+        return (dense,)
+    return dense, Share(
+        parameters=expert_parameters, replicas=strategy.expert_replicas, stride=strategy.expert_ranks
+    )
 
 
 def state_bytes(parameters: int, zero: int, replicas: int, element: ElementBytes) -> StateBytes:

@@ -74,11 +74,14 @@ def plan_constraints(argv: Sequence[str]) -> Constraints:
     given = {dest: line.arguments[dest] for dest in line.explicit}
     _refuse_unplanned(given)
     recompute, per_stage = _recompute(given)
+    tp, cp, kind = _sequence_degrees(given)
     return Constraints(
-        tp=given.get("tensor_model_parallel_size"),
+        tp=tp,
         pp=given.get("pipeline_model_parallel_size"),
-        cp=given.get("context_parallel_size"),
-        sequence_parallel=SequenceParallel.MEGATRON if given.get("sequence_parallel") else None,
+        cp=cp,
+        expert_parallel=given.get("expert_model_parallel_size"),
+        expert_tensor_parallel=given.get("expert_tensor_parallel_size"),
+        sequence_parallel=kind,
         zero=1 if given.get("use_distributed_optimizer") else None,
         recompute=recompute,
         recomputed_layers_per_stage=per_stage,
@@ -89,6 +92,24 @@ def plan_constraints(argv: Sequence[str]) -> Constraints:
         last_stage_layers=given.get("decoder_last_pipeline_num_layers"),
         micro_batch_size=given.get("micro_batch_size"),
         global_batch_size=given.get("global_batch_size"),
+    )
+
+
+def _sequence_degrees(given: Mapping[str, object]) -> tuple[int | None, int | None, SequenceParallel | None]:
+    """Fixed tp, cp and kind of sequence parallelism.
+
+    Context parallelism that exchanges heads for sequence by all-to-all is what a plan calls Ulysses.
+    """
+    tp, cp = given.get("tensor_model_parallel_size"), given.get("context_parallel_size")
+    kind = SequenceParallel.MEGATRON if given.get("sequence_parallel") else None
+    ways = set(given.get("cp_comm_type") or ())
+    if (cp or 1) == 1 or not ways - {"p2p", "all_gather"}:
+        return tp, cp, kind
+    if ways == {"a2a"} and (tp or 1) == 1:
+        return cp, 1, SequenceParallel.ULYSSES
+    raise PlanError(
+        f"{option('cp_comm_type')}: {' '.join(sorted(ways))} with tp {tp or 1} is not planned for; valid: p2p, "
+        f"all_gather, or a2a for all layers with {option('tensor_model_parallel_size')} 1"
     )
 
 
@@ -150,13 +171,18 @@ def _refuse_unplanned(given: Mapping[str, object]) -> None:
     for dest, valid in _UNPLANNED.items():
         if given.get(dest):
             raise PlanError(f"{option(dest)} is not planned for; valid: {valid}")
-    for dest in ("expert_model_parallel_size", "num_distributed_optimizer_instances"):
-        if given.get(dest, 1) != 1:
-            raise PlanError(f"{option(dest)}: {given[dest]} is not planned for; valid: 1")
-    tp = given.get("tensor_model_parallel_size")
-    for dest in ("expert_tensor_parallel_size", "tensor_parallel_num_weight_shards"):
-        if given.get(dest) not in (None, tp):
-            raise PlanError(
-                f"{option(dest)}: {given[dest]} is not planned for; "
-                f"valid: the value of {option('tensor_model_parallel_size')}, or leave it out"
-            )
+    dest = "num_distributed_optimizer_instances"
+    if given.get(dest, 1) != 1:
+        raise PlanError(f"{option(dest)}: {given[dest]} is not planned for; valid: 1")
+    dest, pp = "microbatch_group_size_per_vp_stage", given.get("pipeline_model_parallel_size", 1)
+    if given.get(dest, pp) != pp:
+        raise PlanError(
+            f"{option(dest)}: {given[dest]} is not planned for, as more micro-batches would live; valid: {pp} "
+            f"(the value of {option('pipeline_model_parallel_size')}), or leave it out"
+        )
+    tp, dest = given.get("tensor_model_parallel_size"), "tensor_parallel_num_weight_shards"
+    if given.get(dest) not in (None, tp):
+        raise PlanError(
+            f"{option(dest)}: {given[dest]} is not planned for; "
+            f"valid: the value of {option('tensor_model_parallel_size')}, or leave it out"
+        )

@@ -8,6 +8,7 @@ from galvatron_megatron.describe.model import Model
 from galvatron_megatron.errors import PlanError
 from galvatron_megatron.plan.checks import shown
 from galvatron_megatron.plan.constraints import Constraints
+from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
 
@@ -54,6 +55,19 @@ def plan_from_command_line(argv: Sequence[str], model: Model, world_size: int) -
     recomputed = replace(strategy, recompute=fixed.recompute or Recompute.NONE)
     limit = fixed.recomputed_layers_per_stage
     kinds = iter(layer.kind for layer in model.layers)
+    experts = {
+        "expert_parallel": fixed.expert_parallel or 1,
+        "expert_tensor_parallel": fixed.expert_tensor_parallel,
+    }
+    if not any(layer.kind.has_experts for layer in model.layers) and experts["expert_parallel"] > 1:
+        raise PlanError(
+            f"command line: --expert-model-parallel-size {fixed.expert_parallel} without experts; valid: "
+            "--num-experts N beside it, or 1"
+        )
+
+    def planned(kind: LayerKind, chosen: Strategy) -> LayerPlan:
+        return LayerPlan(kind=kind, strategy=replace(chosen, **experts) if kind.has_experts else chosen)
+
     counts = _stage_layers(fixed, len(model.layers), pp)
     if sum(counts) != len(model.layers) or min(counts) < 1:
         raise PlanError(
@@ -63,7 +77,7 @@ def plan_from_command_line(argv: Sequence[str], model: Model, world_size: int) -
     stages = tuple(
         StagePlan(
             layers=tuple(
-                LayerPlan(kind=next(kinds), strategy=recomputed if limit is None or place < limit else strategy)
+                planned(next(kinds), recomputed if limit is None or place < limit else strategy)
                 for place in range(count)
             )
         )

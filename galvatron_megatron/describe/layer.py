@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, fields
 
-from galvatron_megatron.errors import DescriptionError
-from galvatron_megatron.plan.checks import require_count
+from galvatron_megatron.errors import DescriptionError, did_you_mean
+from galvatron_megatron.plan.checks import require_count, shown
 from galvatron_megatron.plan.layer_kind import LayerKind
 
 
@@ -89,6 +89,9 @@ class Mlp:
         return hidden_size * (widths + self.ffn_hidden_size) + (widths + hidden_size) * self.bias
 
 
+DISPATCHERS = ("allgather", "alltoall", "flex")
+
+
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Experts:
     """Mixture-of-experts part of a layer."""
@@ -104,9 +107,17 @@ class Experts:
     gated: bool = True
     bias: bool = False
     activation: str = "silu"
+    dispatcher: str = "alltoall"
+    """How tokens reach experts on other ranks (``--moe-token-dispatcher-type``): ``allgather`` of all tokens,
+    ``alltoall`` of the routed ones, or ``flex`` (DeepEP and the like, which move what ``alltoall`` moves)."""
 
     def __post_init__(self) -> None:
         require_positive(self, "count", "top_k", "ffn_hidden_size")
+        if self.dispatcher not in DISPATCHERS:
+            raise DescriptionError(
+                f"model dispatcher: {shown(self.dispatcher)} is unknown; "
+                f"{did_you_mean(self.dispatcher, DISPATCHERS)}"
+            )
         require_positive(self, "shared_ffn_hidden_size", least=0)
         if self.top_k > self.count:
             raise DescriptionError(

@@ -217,6 +217,7 @@ def _experts(get: _Get) -> Experts:
         gated=gated,
         bias=bool(get("add_bias_linear")),
         activation=activation,
+        dispatcher=str(get("moe_token_dispatcher_type")),
     )
 
 

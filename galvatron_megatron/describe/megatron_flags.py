@@ -120,6 +120,13 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--moe-shared-expert-intermediate-size",), "moe_shared_expert_intermediate_size", "int"),
     Flag(("--moe-shared-expert-gate",), "moe_shared_expert_gate", "on"),
     Flag(("--moe-latent-size",), "moe_latent_size", "int"),
+    Flag(
+        ("--moe-token-dispatcher-type",),
+        "moe_token_dispatcher_type",
+        "str",
+        "allgather",
+        choices=("allgather", "alltoall", "flex"),
+    ),
     # Multi-latent and other attention.
     Flag(("--multi-latent-attention",), "multi_latent_attention", "on"),
     Flag(("--q-lora-rank",), "q_lora_rank", "int"),
@@ -174,6 +181,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--pipeline-model-parallel-size",), "pipeline_model_parallel_size", "int", 1),
     Flag(("--sequence-parallel",), "sequence_parallel", "on"),
     Flag(("--context-parallel-size",), "context_parallel_size", "int", 1),
+    Flag(("--cp-comm-type",), "cp_comm_type", "str", ["p2p"], nargs="+"),
     Flag(("--expert-model-parallel-size",), "expert_model_parallel_size", "int", 1),
     Flag(("--expert-tensor-parallel-size",), "expert_tensor_parallel_size", "int"),
     Flag(("--tensor-parallel-num-weight-shards",), "tensor_parallel_num_weight_shards", "int"),
@@ -184,6 +192,11 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--step-batch-size-schedule",), "step_batch_size_schedule", "str"),
     Flag(("--num-layers-per-virtual-pipeline-stage",), "num_layers_per_virtual_pipeline_stage", "int"),
     Flag(("--num-virtual-stages-per-pipeline-rank",), "num_virtual_stages_per_pipeline_rank", "int"),
+    Flag(
+        ("--microbatch-group-size-per-virtual-pipeline-stage",),
+        "microbatch_group_size_per_vp_stage",
+        "int",
+    ),
     Flag(("--pipeline-model-parallel-layout",), "pipeline_model_parallel_layout", "str"),
     Flag(("--decoder-first-pipeline-num-layers",), "decoder_first_pipeline_num_layers", "int"),
     Flag(("--decoder-last-pipeline-num-layers",), "decoder_last_pipeline_num_layers", "int"),

@@ -119,7 +119,14 @@ def _divisions(layer: Layer | None, strategy: Strategy, model: Model) -> Iterato
     if layer.mlp is not None:
         yield layer.mlp.ffn_hidden_size, "the feed-forward size", strategy.weight_shards, "tp"
     if layer.experts is not None:
-        yield layer.experts.ffn_hidden_size, "the experts' feed-forward size", strategy.weight_shards, "tp"
+        shards = strategy.expert_shards
+        yield (
+            layer.experts.ffn_hidden_size,
+            "the experts' feed-forward size",
+            shards,
+            "expert tensor parallelism",
+        )
+        yield layer.experts.count, "the experts", strategy.expert_parallel, "expert_parallel"
         if layer.experts.shared_ffn_hidden_size:
             shared = layer.experts.shared_ffn_hidden_size
             yield shared, "the shared experts' feed-forward size", strategy.weight_shards, "tp"

@@ -77,6 +77,17 @@ class JobPlanner:
         self.channel = channel
         self._validate = validate
         self.constraints: Constraints = plan_constraints(words)
+        fixed = self.constraints
+        if options.plan_file is None and fixed.expert_parallel not in (None, 1):
+            raise GalvatronError(
+                f"--expert-model-parallel-size {fixed.expert_parallel}: a job measures layers with all experts "
+                "on every rank; valid: 1, or a plan of galvatron search by --galvatron-plan FILE"
+            )
+        if options.plan_file is None and fixed.expert_tensor_parallel not in (None, fixed.tp or 1):
+            raise GalvatronError(
+                f"--expert-tensor-parallel-size {fixed.expert_tensor_parallel}: a job measures experts split "
+                f"like the rest of a layer; valid: {fixed.tp or 1}, or leave it out"
+            )
         if getattr(args, "rampup_batch_size", None):
             raise GalvatronError("--rampup-batch-size is not planned for; valid: a fixed --global-batch-size")
         if args.global_batch_size is None:
@@ -286,6 +297,8 @@ class JobPlanner:
             max_zero=HIGHEST_ZERO,
             allow_ulysses=False,
             allow_cp=False,
+            # Not measured.
+            allow_expert_parallel=False,
             # Megatron has no interleaved schedule for hybrid models.
             allow_interleaving=any(layer.kind in blocks for layer in self.model.layers),
             uniform_margin=UNIFORM_MARGIN,

@@ -18,6 +18,10 @@ class Constraints:
     tp: int | None = None
     cp: int | None = None
     pp: int | None = None
+    expert_parallel: int | None = None
+    """Of every layer with experts."""
+    expert_tensor_parallel: int | None = None
+    """Of every layer with experts; one that equals the layer's tp fixes that it follows tp."""
     sequence_parallel: SequenceParallel | None = None
     """Kind of sequence parallelism of every layer whose tp is above 1."""
     zero: int | None = None
@@ -43,6 +47,8 @@ class Constraints:
             "tp",
             "cp",
             "pp",
+            "expert_parallel",
+            "expert_tensor_parallel",
             "virtual_stages",
             "layers_per_virtual_stage",
             "first_stage_layers",
@@ -82,6 +88,13 @@ class Constraints:
             for index, layer in enumerate(plan.layers):
                 found = getattr(layer.strategy, name)
                 self._equal(name, found, self._wanted(name, layer.strategy.tp), f"plan layer {index}")
+        for index, layer in enumerate(plan.layers):
+            if layer.kind.has_experts:
+                strategy, where = layer.strategy, f"plan layer {index}"
+                self._equal("expert_parallel", strategy.expert_parallel, self.expert_parallel, where)
+                self._equal(
+                    "expert_tensor_parallel", strategy.expert_shards, self.expert_tensor_parallel, where
+                )
         self._check_stages(plan)
         self._check_recompute(plan)
 

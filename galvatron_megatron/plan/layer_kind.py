@@ -23,3 +23,8 @@ class LayerKind(StrEnum):
     def has_attention(self) -> bool:
         """True where the layer has a core attention, which selective recomputation drops."""
         return self in (LayerKind.BLOCK, LayerKind.MOE_BLOCK, LayerKind.ATTENTION)
+
+    @property
+    def has_experts(self) -> bool:
+        """True where the layer has experts, which expert parallelism shares out."""
+        return self in (LayerKind.MOE_BLOCK, LayerKind.MOE)

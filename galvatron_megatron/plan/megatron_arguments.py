@@ -78,6 +78,7 @@ def megatron_arguments(
     # Where layers differ, the runtime recomputes layer by layer.
     recompute = _recompute_arguments(plan) if runs_on_stock_megatron(plan) else None
     arguments |= recompute or dict.fromkeys(_RECOMPUTE_ARGUMENTS)
+    arguments |= _expert_arguments(plan)
     arguments |= _stage_arguments(plan, model)
     return arguments
 
@@ -117,6 +118,7 @@ def runs_on_stock_megatron(plan: Plan) -> bool:
     return (
         plan.base.zero <= 1
         and all(_without_recompute(layer.strategy) == plain_base for layer in plan.layers)
+        and len(plan.expert_degrees) <= 1
         and _recompute_arguments(plan) is not None
     )
 
@@ -128,6 +130,7 @@ def stage_layout(plan: Plan) -> str:
 
 
 def _without_recompute(strategy: Strategy) -> Strategy:
+    """What every layer must share, with experts or without."""
     return Strategy(
         tp=strategy.tp,
         sequence_parallel=strategy.sequence_parallel,
@@ -135,6 +138,21 @@ def _without_recompute(strategy: Strategy) -> Strategy:
         dp=strategy.dp,
         zero=strategy.zero,
     )
+
+
+def _expert_arguments(plan: Plan) -> dict[str, object]:
+    """Megatron has one pair of expert degrees for all layers with experts."""
+    degrees = plan.expert_degrees
+    if len(degrees) > 1:
+        shown = ", ".join(f"expert_parallel {ep} with expert_tensor_parallel {etp}" for ep, etp in degrees)
+        raise PlanError(
+            f"plan layers: {shown}; valid: the same for all layers with experts, as "
+            "--expert-model-parallel-size has it"
+        )
+    if not degrees:
+        return {}
+    ep, etp = degrees[0]
+    return {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp}
 
 
 def _check_expressible(plan: Plan, sharding_by_runtime: bool) -> None:

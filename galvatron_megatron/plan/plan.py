@@ -26,6 +26,16 @@ class LayerPlan:
             raise PlanError(
                 f"layer.strategy: {shown(self.strategy)} is not a strategy; valid: a mapping of degrees"
             )
+        if not self.kind.has_experts:
+            _require_no_expert_degrees(self.strategy, f"layer of kind {self.kind.value}")
+
+
+def _require_no_expert_degrees(strategy: Strategy, where: str) -> None:
+    if strategy != strategy.without_experts:
+        raise PlanError(
+            f"{where}: {strategy} has no experts to share out; valid: expert_parallel 1 and no "
+            "expert_tensor_parallel, which belong to layers with experts"
+        )
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -84,6 +94,7 @@ class Plan:
             )
         if self.base.recompute is not Recompute.NONE:
             raise PlanError(f"plan.base.recompute: {self.base.recompute.value!r}; valid: none")
+        _require_no_expert_degrees(self.base, "plan.base")
         samples = self.micro_batch_size * self.base.dp
         for index, layer in enumerate(self.layers):
             strategy = layer.strategy
@@ -120,9 +131,20 @@ class Plan:
         return tuple(dict.fromkeys(layer.strategy for layer in self.layers))
 
     @property
+    def expert_degrees(self) -> tuple[tuple[int, int | None], ...]:
+        """The distinct (expert_parallel, expert_tensor_parallel) of the layers with experts."""
+        return tuple(
+            dict.fromkeys(
+                (layer.strategy.expert_parallel, layer.strategy.expert_tensor_parallel)
+                for layer in self.layers
+                if layer.kind.has_experts
+            )
+        )
+
+    @property
     def is_uniform(self) -> bool:
         """True where stock Megatron can run the plan: every layer runs alike and in the base layout."""
-        if len(self.strategies) != 1:
+        if len({strategy.without_experts for strategy in self.strategies}) != 1 or len(self.expert_degrees) > 1:
             return False
         only = self.strategies[0]
         return only.layout == self.base.layout and (

@@ -32,6 +32,8 @@ from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strate
 
 _STRATEGY_FIELDS = tuple(entry.name for entry in fields(Strategy))
 _STRATEGY_KINDS: dict[str, type[StrEnum]] = {"sequence_parallel": SequenceParallel, "recompute": Recompute}
+_SELDOM = {"expert_parallel": 1, "expert_tensor_parallel": None}
+"""Fields that are written only where they differ from their default: most models have no experts."""
 _FINGERPRINT_FIELDS = tuple(entry.name for entry in fields(Fingerprints))
 _REQUIRED = ("schema_version", "pp", "micro_batch_size", "micro_batches", "base", "stages")
 _OPTIONAL = ("virtual_stages", "fingerprints")
@@ -151,7 +153,11 @@ _PlanDumper.add_representer(dict, _PlanDumper.represent_dict)
 
 
 def _strategy_to_dict(strategy: Strategy) -> dict[str, object]:
-    values = {name: getattr(strategy, name) for name in _STRATEGY_FIELDS}
+    values = {
+        name: getattr(strategy, name)
+        for name in _STRATEGY_FIELDS
+        if name not in _SELDOM or getattr(strategy, name) != _SELDOM[name]
+    }
     return {name: value.value if isinstance(value, StrEnum) else value for name, value in values.items()}
 
 

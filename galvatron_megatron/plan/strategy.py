@@ -1,6 +1,6 @@
 """How one layer runs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from galvatron_megatron.errors import PlanError
@@ -47,9 +47,14 @@ class Strategy:
     zero: int = 0
     """ZeRO stage 0-3: states sharded over the ranks that replicate a weight shard."""
     recompute: Recompute = Recompute.NONE
+    expert_parallel: int = 1
+    """Ranks that share out the experts of a mixture-of-experts layer (``--expert-model-parallel-size``)."""
+    expert_tensor_parallel: int | None = None
+    """In how many parts each expert's weights are split (``--expert-tensor-parallel-size``); None, to which a
+    given ``weight_shards`` is turned: as those of the rest of the layer."""
 
     def __post_init__(self) -> None:
-        for name in ("tp", "cp", "dp"):
+        for name in ("tp", "cp", "dp", "expert_parallel"):
             require_count(getattr(self, name), f"strategy.{name}")
         if type(self.zero) is not int or self.zero not in (0, 1, 2, 3):
             raise PlanError(f"strategy.zero: {shown(self.zero)} is not a ZeRO stage; valid: 0, 1, 2, 3")
@@ -61,6 +66,20 @@ class Strategy:
         if self.sequence_parallel is not SequenceParallel.NONE and self.tp == 1:
             raise PlanError(
                 f"strategy.sequence_parallel: {self.sequence_parallel.value!r} needs tp > 1; valid: none"
+            )
+
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        if self.expert_tensor_parallel is not None:
+            require_count(self.expert_tensor_parallel, "strategy.expert_tensor_parallel")
+            if self.expert_tensor_parallel == self.weight_shards:
+                object.__setattr__(self, "expert_tensor_parallel", None)
+        if self.ranks % self.expert_ranks:
+            raise PlanError(
+                f"strategy.expert_parallel: {self.expert_parallel} x expert tensor parallelism "
+                f"{self.expert_shards} does not divide the {self.ranks} ranks of tp x cp x dp; valid: degrees "
+                "that divide them"
             )
 
     @property
@@ -79,6 +98,32 @@ class Strategy:
         return self.ranks // self.weight_shards
 
     @property
+    def expert_shards(self) -> int:
+        """In how many parts the weights of one expert are split."""
+        return self.weight_shards if self.expert_tensor_parallel is None else self.expert_tensor_parallel
+
+    @property
+    def expert_ranks(self) -> int:
+        """Consecutive ranks that together hold all experts once: expert_parallel * expert_shards.
+
+        Megatron numbers the same ranks again for experts: expert tensor parallelism innermost, then expert
+        parallelism, then the replicas (``RankGenerator`` in ``megatron/core/parallel_state.py``).
+        """
+        return self.expert_parallel * self.expert_shards
+
+    @property
+    def expert_replicas(self) -> int:
+        """How many ranks hold the same expert weights before ZeRO."""
+        return self.ranks // self.expert_ranks
+
+    @property
+    def without_experts(self) -> "Strategy":
+        """The same without what concerns experts alone: how a layer that has none runs beside this one."""
+        if (self.expert_parallel, self.expert_tensor_parallel) == (1, None):
+            return self
+        return replace(self, expert_parallel=1, expert_tensor_parallel=None)
+
+    @property
     def layout(self) -> tuple[int, int, int, bool]:
         """Where the activations of the layer lie: (tp, cp, dp, sequence split over tp).
 
@@ -93,6 +138,10 @@ class Strategy:
         if self.cp > 1:
             parts.append(f"cp{self.cp}")
         parts.append(f"dp{self.dp}")
+        if self.expert_parallel > 1:
+            parts.append(f"ep{self.expert_parallel}")
+        if self.expert_tensor_parallel is not None:
+            parts.append(f"etp{self.expert_tensor_parallel}")
         if self.zero:
             parts.append(f"zero{self.zero}")
         if self.recompute is not Recompute.NONE:

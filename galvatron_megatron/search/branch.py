@@ -35,6 +35,8 @@ class Branch:
         first_of = {layer: index for index, layer in reversed(list(enumerate(model.layers)))}
         ordered = sorted(first_of, key=first_of.__getitem__)
         number = {layer: index for index, layer in enumerate(ordered)}
+        self.layers = tuple(ordered)
+        """One layer of every kind."""
         self.kinds = tuple(number[layer] for layer in model.layers)
         self.shares = [self.kinds.count(kind) / len(self.kinds) for kind in range(len(ordered))]
         self.bases = space.bases(outer)

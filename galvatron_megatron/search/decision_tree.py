@@ -1,18 +1,19 @@
 """The space of plans as a tree of decisions, with named rules that cut branches.
 
 From the root: global batch, pipeline degree, micro-batches, virtual stages, base layout; then, for every
-layer on its own, tp, sequence parallelism, cp, dp, ZeRO stage and recomputation. Degrees are all divisors, not
-powers of two
-only. Every rule is a function with a name and a reason; ``Space.cuts`` counts what each one removed.
+layer on its own, tp, sequence parallelism, cp, dp, ZeRO stage, the two degrees of its experts and
+recomputation. Degrees are all divisors, not powers of two only. Every rule is a function with a name and a
+reason; ``Space.cuts`` counts what each one removed.
 """
 
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from itertools import product
 
 from galvatron_megatron.cost.protocol import Setting
-from galvatron_megatron.describe.model import Layer, Model
+from galvatron_megatron.describe.model import Experts, Layer, Model
 from galvatron_megatron.errors import SearchError
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
 from galvatron_megatron.search.request import SearchRequest
@@ -29,7 +30,7 @@ RULES = {
     "micro_batch_fixed": "the micro-batch size is fixed by hand",
     "tp_node": "a tp group stays inside a node (unless tp_across_nodes)",
     "tp_heads": "tp divides the attention (or Mamba) heads, and the query groups or is a multiple of them",
-    "tp_width": "tp divides the feed-forward width of the layer (of one expert)",
+    "tp_width": "tp divides the feed-forward width of the layer (of its shared experts)",
     "tp_fixed": "tp is fixed by hand",
     "sp_allowed": "this kind of sequence parallelism is switched off or another one is fixed by hand",
     "sp_experts": "experts under tp need the sequence split over the tp group (Megatron refuses them "
@@ -42,6 +43,12 @@ RULES = {
     "cp_allowed": "context parallelism is switched off",
     "cp_fixed": "cp is fixed by hand",
     "dp_samples": "dp divides the samples of a micro-batch",
+    "ep_experts": "expert parallelism divides the experts of the layer (layers without experts have none)",
+    "ep_ranks": "expert parallelism x expert tensor parallelism divides the ranks of a stage",
+    "ep_width": "expert tensor parallelism divides the feed-forward width of one expert",
+    "ep_allowed": "expert parallelism is switched off",
+    "ep_fixed": "expert parallelism is fixed by hand",
+    "etp_fixed": "expert tensor parallelism is fixed by hand",
     "zero_replicas": "ZeRO needs several ranks that hold the same weights",
     "zero_allowed": "the ZeRO stage is above max_zero or another one is fixed by hand",
     "recompute_allowed": "this recomputation is switched off or another one is fixed by hand",
@@ -294,9 +301,46 @@ class Space:
                 self.cuts[rule] += 1
                 continue
             replicas = ranks if kind is SequenceParallel.ULYSSES else cp * dp
-            for zero in self._zero_stages(replicas):
+            shards = 1 if kind is SequenceParallel.ULYSSES else tp
+            for zero, experts in product(
+                self._zero_stages(replicas), self._expert_degrees(layer.experts, shards, ranks)
+            ):
                 for recompute in kinds:
-                    yield Strategy(tp=tp, sequence_parallel=kind, cp=cp, dp=dp, zero=zero, recompute=recompute)
+                    plain = Strategy(
+                        tp=tp, sequence_parallel=kind, cp=cp, dp=dp, zero=zero, recompute=recompute
+                    )
+                    yield plain if layer.experts is None else replace(plain, **experts)
+
+    def _expert_degrees(self, experts: Experts | None, shards: int, ranks: int) -> tuple[dict[str, int], ...]:
+        """Expert parallelism and expert tensor parallelism of a layer whose other weights are in so many parts.
+
+        Each expert is split like the rest of the layer, or whole.
+        """
+        if experts is None:
+            return ({},)
+        fixed = self.request.constraints
+        found = []
+        by_hand = fixed.expert_tensor_parallel
+        splits = {1, shards} if self.request.allow_expert_parallel else {shards}
+        for split in sorted(splits if by_hand is None else {1, shards, by_hand}):
+            if by_hand is not None and split != by_hand:
+                self.cuts["etp_fixed"] += 1
+                continue
+            if experts.ffn_hidden_size % split:
+                self.cuts["ep_width"] += 1
+                continue
+            for degree in divisors(experts.count):
+                if fixed.expert_parallel is not None and degree != fixed.expert_parallel:
+                    self.cuts["ep_fixed"] += 1
+                elif fixed.expert_parallel is None and degree > 1 and not self.request.allow_expert_parallel:
+                    self.cuts["ep_allowed"] += 1
+                elif ranks % (degree * split):
+                    self.cuts["ep_ranks"] += 1
+                else:
+                    found.append({"expert_parallel": degree, "expert_tensor_parallel": split})
+        if fixed.expert_parallel is not None and experts.count % fixed.expert_parallel:
+            self.cuts["ep_experts"] += 1
+        return tuple(found)
 
     def _all_bases(self, ranks: int) -> tuple[Strategy, ...]:
         if ranks not in self._bases:
@@ -366,6 +410,6 @@ def tp_rule(layer: Layer, model: Model, tp: int, kind: SequenceParallel) -> str 
     if layer.experts is not None:
         if kind is SequenceParallel.NONE:
             return "sp_experts"
-        if layer.experts.ffn_hidden_size % tp or layer.experts.shared_ffn_hidden_size % tp:
+        if layer.experts.shared_ffn_hidden_size % tp:
             return "tp_width"
     return None

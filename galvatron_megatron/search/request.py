@@ -40,6 +40,8 @@ class SearchRequest:
     """Tensor parallelism without splitting the sequence."""
     allow_ulysses: bool = True
     allow_cp: bool = True
+    allow_expert_parallel: bool = True
+    """Experts may be shared out over ranks."""
     allow_interleaving: bool = True
     max_virtual_stages: int = 8
     tp_across_nodes: bool = False

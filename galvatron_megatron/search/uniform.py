@@ -5,7 +5,8 @@ search and, since any uniform plan is also a layer-wise one, its first incumbent
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
@@ -34,8 +35,13 @@ def uniform_points(branch: Branch) -> Iterator[UniformPoint]:
         key: {strategy: index for index, strategy in enumerate(options.strategies)}
         for key, options in branch.options.items()
     }
+    # Megatron has one pair of expert degrees; a layer without experts has none.
+    with_experts = {key for key in index_of if branch.layers[key[0]].experts is not None}
+    degrees = sorted(
+        {(s.expert_parallel, s.expert_tensor_parallel or 0) for key in with_experts for s in index_of[key]}
+    ) or [(1, 0)]
     for base in branch.bases:
-        for recompute in Recompute:
+        for recompute, (expert_parallel, expert_shards) in product(Recompute, degrees):
             chosen = {}
             for key, indices in index_of.items():
                 kind = Recompute.NONE if key[1] is False else recompute
@@ -47,6 +53,14 @@ def uniform_points(branch: Branch) -> Iterator[UniformPoint]:
                     zero=base.zero,
                     recompute=kind,
                 )
+                if key in with_experts:
+                    if base.ranks % (expert_parallel * (expert_shards or base.weight_shards)):
+                        break
+                    wanted = replace(
+                        wanted,
+                        expert_parallel=expert_parallel,
+                        expert_tensor_parallel=expert_shards or None,
+                    )
                 if wanted not in indices:
                     break
                 chosen[key] = indices[wanted]

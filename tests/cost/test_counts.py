@@ -174,9 +174,8 @@ def test_tensor_parallelism_splits_the_work(
     one = layer_counts(model(layer), layer, Strategy(recompute=recompute), samples, implementation)
     sliced = Strategy(tp=tp, sequence_parallel=MEGATRON, recompute=recompute)
     counts = layer_counts(model(layer), layer, sliced, samples, implementation)
-    assert counts.parameters_sharded * tp + counts.parameters_replicated == pytest.approx(
-        one.parameters, rel=1e-9
-    )
+    split = counts.parameters_sharded + counts.parameters_expert
+    assert split * tp + counts.parameters_replicated == pytest.approx(one.parameters, rel=1e-9)
     assert counts.flops() * tp == pytest.approx(one.flops(), rel=1e-9)
     assert split_bytes(counts) * tp == pytest.approx(split_bytes(one), rel=0.2)
     plain = layer_counts(model(layer), layer, replace(sliced, sequence_parallel=SequenceParallel.NONE), samples)
@@ -259,3 +258,42 @@ def test_bad_requests_are_named() -> None:
     with pytest.raises(DescriptionError, match="shape: \\(1, 2\\); valid: 4 entries"):
         Operator(name="x", kind="gemm", phase="forward", flops=1, bytes=1, shape=(1, 2))
     assert gemm("x", "forward", 2, 3, 4, 5, element_bytes=2).bytes == 2 * 2 * (15 + 20 + 12)
+
+
+@given(
+    ep=st.sampled_from((1, 2, 4, 8)),
+    tp=st.sampled_from((1, 2)),
+    dispatcher=st.sampled_from(("allgather", "alltoall", "flex")),
+)
+def test_expert_parallelism_shares_out_experts_and_keeps_the_work(ep: int, tp: int, dispatcher: str) -> None:
+    layer = replace(EXPERTS, experts=replace(EXPERTS.experts, dispatcher=dispatcher))
+    kind = MEGATRON if tp > 1 else SequenceParallel.NONE
+    alone = layer_counts(model(layer), layer, Strategy(tp=tp, dp=8, sequence_parallel=kind), 1)
+    shared = Strategy(tp=tp, dp=8, sequence_parallel=kind, expert_parallel=ep)
+    counts = layer_counts(model(layer), layer, shared, 1)
+    assert counts.parameters_expert * ep == alone.parameters_expert > 0
+    assert counts.parameters - counts.parameters_expert == alone.parameters - alone.parameters_expert
+    # A rank computes as many tokens: it sends away as many as it gets.
+    assert counts.flops() == alone.flops()
+    assert dict(counts.activation_terms)["permuted tokens"] == dict(alone.activation_terms)["permuted tokens"]
+    moved = {(c.kind, c.group) for c in counts.collectives if c.group in ("ep", "etp", "etp_ep")}
+    if dispatcher == "allgather":
+        both = {("all_gather", "etp_ep"), ("reduce_scatter", "etp_ep")}
+        assert moved == (both if tp * ep > 1 else set())
+    else:
+        split = {("all_gather", "etp"), ("reduce_scatter", "etp")} if tp > 1 else set()
+        assert moved == split | ({("all_to_all", "ep")} if ep > 1 else set())
+        tokens = SEQ // tp * EXPERTS.experts.top_k * HIDDEN * 2
+        sent = sum(c.bytes * c.count for c in counts.collectives if (c.group, c.phase) == ("ep", "forward"))
+        assert sent == (2 * tokens + tokens // HIDDEN if ep > 1 else 0)
+
+
+def test_experts_are_cut_whole_or_like_the_rest() -> None:
+    whole = Strategy(tp=2, dp=4, sequence_parallel=MEGATRON, expert_parallel=8, expert_tensor_parallel=1)
+    counts = layer_counts(model(EXPERTS), EXPERTS, whole, 1)
+    assert counts.parameters_expert == 3 * EXPERTS.experts.ffn_hidden_size * HIDDEN
+    assert {c.group for c in counts.collectives} == {"tp", "ep"}
+    with pytest.raises(DescriptionError, match="8 are not divisible by expert_parallel 3"):
+        layer_counts(model(EXPERTS), EXPERTS, Strategy(dp=3, expert_parallel=3), 1)
+    with pytest.raises(DescriptionError, match="expert ffn_hidden_size: 1024 is not divisible"):
+        layer_counts(model(EXPERTS), EXPERTS, Strategy(dp=3, expert_tensor_parallel=3), 1)

@@ -106,6 +106,7 @@ def pipeline(argv: list[str], world_size: int) -> dict:
         "dp": args.data_parallel_size,
         "virtual_stages": args.virtual_pipeline_model_parallel_size or 1,
         "sequence_parallel": config.sequence_parallel,
+        "experts": [config.expert_model_parallel_size, config.expert_tensor_parallel_size],
         "recompute": [config.recompute_granularity, config.recompute_method, config.recompute_num_layers],
         "distributed_optimizer": args.use_distributed_optimizer,
         "micro_batches": args.global_batch_size // (args.micro_batch_size * args.data_parallel_size),

@@ -6,8 +6,9 @@ from galvatron_megatron.describe.command_plan import plan_from_command_line
 from galvatron_megatron.describe.megatron_args import model_from_arguments, parse_command_line
 from galvatron_megatron.describe.plan_check import check_plan
 from galvatron_megatron.errors import GalvatronError
+from galvatron_megatron.plan.megatron_arguments import command_line
 from galvatron_megatron.plan.plan import Plan
-from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
+from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
 
 SIZES = (
     "--num-layers 8 --hidden-size 64 --num-attention-heads 8 --seq-length 128 --max-position-embeddings 128 "
@@ -101,3 +102,30 @@ def test_what_megatron_refuses_is_refused_in_one_line(flags: str, message: str) 
     assert message in str(caught.value)
     assert "; valid: " in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_degrees_of_experts() -> None:
+    flags = "--micro-batch-size 1 --global-batch-size 8 --num-experts 4 --moe-layer-freq ([0]*2+[1]*6) "
+    plan = plan_of(f"{flags} --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2")
+    assert plan.base == plan.layers[0].strategy == plan.layers[2].strategy.without_experts
+    assert (plan.layers[2].strategy.expert_parallel, plan.layers[2].strategy.expert_shards) == (2, 2)
+    whole = plan_of(
+        f"{flags} --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 4 "
+        "--expert-tensor-parallel-size 1"
+    )
+    assert whole.expert_degrees == ((4, 1),)
+    assert "--expert-tensor-parallel-size 1" in " ".join(command_line(whole))
+    for bad, message in (
+        ("--expert-model-parallel-size 8", "expert_parallel 8 does not divide 4, the experts"),
+        ("--expert-model-parallel-size 3", "does not divide the 8 ranks"),
+        ("--num-experts 0 --expert-model-parallel-size 2", "without experts"),
+    ):
+        with pytest.raises(GalvatronError, match=message):
+            plan_of(f"{flags} {bad}")
+
+
+def test_context_parallelism_by_all_to_all_is_ulysses() -> None:
+    plan = plan_of("--micro-batch-size 1 --context-parallel-size 4 --cp-comm-type a2a")
+    assert plan.base == Strategy(tp=4, dp=2, sequence_parallel=SequenceParallel.ULYSSES)
+    assert plan_of("--micro-batch-size 1 --context-parallel-size 4 --cp-comm-type p2p").base.cp == 4
+    assert " ".join(command_line(plan)).count("--cp-comm-type a2a") == 1

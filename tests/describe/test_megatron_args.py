@@ -73,15 +73,26 @@ PLANS = {
     "interleaved": (Strategy(dp=2, recompute=Recompute.FULL), (1, 1, 1, 1), {"pp": 2, "virtual_stages": 2}),
     "uneven interleaved": (Strategy(cp=2), (1, 2, 1, 1), {"pp": 2, "virtual_stages": 2}),
     "selective": (Strategy(dp=2, recompute=Recompute.SELECTIVE), (2, 2), {}),
+    "experts": (Strategy(dp=4, expert_parallel=2), (2, 2), {}),
+    "whole experts": (
+        Strategy(
+            tp=2,
+            dp=2,
+            sequence_parallel=SequenceParallel.MEGATRON,
+            expert_parallel=4,
+            expert_tensor_parallel=1,
+        ),
+        (1, 3),
+        {},
+    ),
 }
 
 
 def plan_named(name: str) -> Plan:
     strategy, counts, settings = PLANS[name]
-    stages = tuple(
-        StagePlan(layers=(LayerPlan(kind=LayerKind.BLOCK, strategy=strategy),) * count) for count in counts
-    )
-    base = replace(strategy, recompute=Recompute.NONE)
+    kind = LayerKind.MOE_BLOCK if name.endswith("experts") else LayerKind.BLOCK
+    stages = tuple(StagePlan(layers=(LayerPlan(kind=kind, strategy=strategy),) * count) for count in counts)
+    base = replace(strategy.without_experts, recompute=Recompute.NONE)
     values = {"pp": len(counts), "micro_batch_size": 2, "micro_batches": 4} | settings
     return Plan(base=base, stages=stages, **values)
 
@@ -102,7 +113,10 @@ def megatron(tmp_path_factory: pytest.TempPathFactory) -> dict:
         "patterns": PATTERNS,
         "pipelines": [
             [
-                [*words(SIZES, CPU), "--num-layers", str(len(plan.layers)), *command_line(plan)],
+                [
+                    *words(SIZES, CPU, FEATURES["experts"] if plan.expert_degrees else ""),
+                    *("--num-layers", str(len(plan.layers)), *command_line(plan)),
+                ],
                 plan.world_size,
             ]
             for plan in map(plan_named, PLANS)
@@ -190,6 +204,10 @@ def test_megatron_understands_the_arguments_of_a_plan(megatron: dict, name: str)
     assert theirs["micro_batches"] == plan.micro_batches
     assert theirs["distributed_optimizer"] == (plan.base.zero == 1)
     assert theirs["sequence_parallel"] == (plan.base.sequence_parallel is SequenceParallel.MEGATRON)
+    assert theirs["experts"] == [
+        max(layer.strategy.expert_parallel for layer in plan.layers),
+        plan.layers[0].strategy.expert_shards,
+    ]
     recompute = {Recompute.FULL: "full", Recompute.SELECTIVE: "selective"}
     assert theirs["recompute"][0] == recompute.get(plan.layers[0].strategy.recompute)
     counts = [len(stage.layers) for stage in plan.stages]
@@ -364,10 +382,12 @@ def test_stages_laid_out_by_hand(flags: str, stages: tuple[int, ...] | None) -> 
         "--use-megatron-fsdp",
         "--use-tp-pp-dp-mapping",
         "--account-for-loss-in-pipeline-split",
-        "--expert-model-parallel-size 2",
+        "--expert-model-parallel-size 0",
+        "--context-parallel-size 2 --tensor-model-parallel-size 2 --cp-comm-type a2a",
+        "--context-parallel-size 2 --cp-comm-type a2a p2p",
+        "--pipeline-model-parallel-size 2 --microbatch-group-size-per-virtual-pipeline-stage 4",
         "--num-distributed-optimizer-instances 2",
         "--moe-layer-recompute",
-        "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1",
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2",
         "--recompute-granularity full --recompute-method block",
         "--recompute-granularity selective --recompute-modules mlp core_attn",

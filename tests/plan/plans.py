@@ -53,15 +53,28 @@ def plans(draw: st.DrawFn) -> Plan:
     base = draw(strategies_for(ranks))
     micro_batch_size = draw(st.integers(1, 4))
     palette = draw(st.lists(strategies_for(ranks, micro_batch_size * base.dp), min_size=1, max_size=3))
-    run = st.tuples(st.sampled_from(list(LayerKind)), st.sampled_from(palette), st.integers(1, 4))
+    run = st.tuples(
+        st.sampled_from(list(LayerKind)),
+        st.sampled_from(palette),
+        st.integers(1, 4),
+        st.sampled_from(divisors(ranks)),
+        st.sampled_from(divisors(ranks)),
+    )
     stages = []
     for _ in range(pp * virtual_stages):
         runs = draw(st.lists(run, min_size=1, max_size=3))
         stages.append(
             StagePlan(
                 layers=tuple(
-                    LayerPlan(kind=kind, strategy=strategy)
-                    for kind, strategy, count in runs
+                    LayerPlan(
+                        kind=kind,
+                        strategy=(
+                            replace(strategy, expert_parallel=parallel, expert_tensor_parallel=split)
+                            if kind.has_experts and ranks % (parallel * split) == 0
+                            else strategy
+                        ),
+                    )
+                    for kind, strategy, count, parallel, split in runs
                     for _ in range(count)
                 )
             )
@@ -82,6 +95,8 @@ def plans(draw: st.DrawFn) -> Plan:
 def stock_plans(draw: st.DrawFn) -> Plan:
     """A plan that Megatron's arguments can say, with any stages and recomputation."""
     tp, cp, dp, pp = (draw(st.integers(1, 3)) for _ in range(4))
+    split = draw(st.sampled_from([None, *divisors(tp * cp * dp)]))
+    parallel = draw(st.sampled_from(divisors(tp * cp * dp // (split or tp))))
     kinds = [SequenceParallel.NONE, SequenceParallel.MEGATRON] if tp > 1 else [SequenceParallel.NONE]
     base = Strategy(
         tp=tp, cp=cp, dp=dp, sequence_parallel=draw(st.sampled_from(kinds)), zero=draw(st.integers(0, 1))
@@ -96,7 +111,12 @@ def stock_plans(draw: st.DrawFn) -> Plan:
         stage = [
             LayerPlan(
                 kind=kind,
-                strategy=replace(base, recompute=recompute if index < recomputed_layers else Recompute.NONE),
+                strategy=replace(
+                    base,
+                    recompute=recompute if index < recomputed_layers else Recompute.NONE,
+                    expert_parallel=parallel if kind.has_experts else 1,
+                    expert_tensor_parallel=split if kind.has_experts else None,
+                ),
             )
             for index, kind in enumerate(draw(names))
         ]

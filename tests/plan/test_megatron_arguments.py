@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from plans import layers, plans, uniform_plan
@@ -159,3 +161,21 @@ def test_any_plan_has_arguments_or_an_error(plan: Plan) -> None:
         assert "\n" not in str(error)
     else:
         assert str(plan.global_batch_size) in words
+
+
+def test_megatron_has_one_pair_of_expert_degrees() -> None:
+    experts = Strategy(tp=2, dp=4, sequence_parallel=SequenceParallel.MEGATRON, zero=1, expert_parallel=4)
+    settings = {"pp": 1, "micro_batch_size": 1, "micro_batches": 2, "base": STRATEGY}
+    moe = layers(experts, kind=LayerKind.MOE_BLOCK).layers
+    plan = Plan(stages=(StagePlan(layers=(*layers(STRATEGY).layers, *moe)),), **settings)
+    assert runs_on_stock_megatron(plan)
+    assert given_arguments(plan)["expert_model_parallel_size"] == 4
+    assert megatron_arguments(plan)["expert_tensor_parallel_size"] is None
+    whole = layers(replace(experts, expert_tensor_parallel=1), kind=LayerKind.MOE_BLOCK).layers
+    assert "--expert-tensor-parallel-size 1" in shell_line(
+        command_line(Plan(stages=(StagePlan(layers=whole),), **settings))
+    )
+    two = Plan(stages=(StagePlan(layers=(*moe, *whole)),), **settings)
+    assert not runs_on_stock_megatron(two)
+    with pytest.raises(PlanError, match=r"plan layers: expert_parallel 4 .*valid: the same"):
+        megatron_arguments(two)

@@ -5,6 +5,7 @@ from hypothesis import given
 from plans import layers, plans, uniform_plan
 
 from galvatron_megatron.errors import PlanError
+from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
 
@@ -78,3 +79,18 @@ def test_uniform_means_one_strategy_in_the_base_layout() -> None:
     assert not Plan(stages=(layers(sequence_parallel),), **settings).is_uniform
     assert not Plan(stages=(layers(Strategy(dp=4)),), **settings).is_uniform
     assert Plan(stages=(layers(replace(STRATEGY, recompute=Recompute.FULL)),), **settings).is_uniform
+
+
+def test_degrees_of_experts_belong_to_layers_with_experts() -> None:
+    shared = replace(STRATEGY, expert_parallel=2)
+    moe, dense = (layers(shared, kind=LayerKind.MOE_BLOCK).layers, layers(STRATEGY).layers)
+    settings = {"pp": 1, "micro_batch_size": 2, "micro_batches": 1}
+    mixed = Plan(base=STRATEGY, stages=(StagePlan(layers=(*dense, *moe)),), **settings)
+    assert mixed.is_uniform
+    assert mixed.expert_degrees == ((2, None),)
+    whole = layers(replace(shared, expert_tensor_parallel=1), kind=LayerKind.MOE_BLOCK).layers
+    assert not Plan(base=STRATEGY, stages=(StagePlan(layers=(*moe, *whole)),), **settings).is_uniform
+    with pytest.raises(PlanError, match=r"layer of kind block: tp2 dp2 ep2 has no experts .*valid"):
+        layers(shared)
+    with pytest.raises(PlanError, match=r"plan.base: tp2 dp2 ep2 has no experts .*valid"):
+        Plan(base=shared, stages=(StagePlan(layers=moe),), **settings)

@@ -48,3 +48,13 @@ def test_what_can_be_executed(plan):
 )
 def test_what_cannot_and_why(plan, problem):
     assert execution_problem(plan) == problem
+
+
+def test_layers_with_experts_run_only_where_all_layers_run_alike() -> None:
+    moe = LayerPlan(kind=LayerKind.MOE_BLOCK, strategy=replace(PLAIN, expert_parallel=4))
+    settings = {"pp": 1, "micro_batch_size": 8, "micro_batches": 1, "base": PLAIN}
+    dense = LayerPlan(kind=LayerKind.BLOCK, strategy=PLAIN)
+    assert execution_problem(Plan(stages=(StagePlan(layers=(dense, moe)),), **settings)) is None
+    other = LayerPlan(kind=LayerKind.BLOCK, strategy=Strategy(dp=8))
+    problem = execution_problem(Plan(stages=(StagePlan(layers=(other, moe)),), **settings))
+    assert problem.startswith("plan layer 1: layers of kind moe_block run only where all layers run alike")

@@ -11,6 +11,18 @@ def test_ranks_and_replicas() -> None:
     assert (ulysses.ranks, ulysses.weight_shards, ulysses.state_replicas) == (24, 1, 24)
 
 
+def test_experts_have_groups_of_their_own() -> None:
+    strategy = Strategy(tp=2, cp=2, dp=4, expert_parallel=4)
+    assert (strategy.expert_shards, strategy.expert_ranks, strategy.expert_replicas) == (2, 8, 2)
+    whole = Strategy(tp=2, dp=4, expert_parallel=8, expert_tensor_parallel=1)
+    assert (whole.expert_shards, whole.expert_ranks, whole.expert_replicas) == (1, 8, 1)
+    assert whole.without_experts == Strategy(tp=2, dp=4)
+    assert (whole.layout, whole.state_replicas) == (Strategy(tp=2, dp=4).layout, 4)
+    assert Strategy(tp=2, dp=4, expert_tensor_parallel=2) == Strategy(tp=2, dp=4)
+    ulysses = Strategy(tp=4, dp=2, sequence_parallel=SequenceParallel.ULYSSES, expert_parallel=8)
+    assert ulysses.expert_replicas == 1
+
+
 def test_equal_layouts_are_what_needs_no_resharding() -> None:
     megatron = Strategy(tp=4, dp=2, sequence_parallel=SequenceParallel.MEGATRON)
     ulysses = Strategy(tp=4, dp=2, sequence_parallel=SequenceParallel.ULYSSES, zero=3, recompute=Recompute.FULL)
@@ -26,6 +38,9 @@ def test_equal_layouts_are_what_needs_no_resharding() -> None:
         ({"cp": 2.0}, "strategy.cp: 2.0; valid: an integer >= 1"),
         ({"zero": 4}, "strategy.zero: 4 is not a ZeRO stage; valid: 0, 1, 2, 3"),
         ({"zero": True}, "strategy.zero: True"),
+        ({"expert_parallel": 0}, "strategy.expert_parallel: 0; valid: an integer >= 1"),
+        ({"expert_tensor_parallel": 1.0, "tp": 2}, "strategy.expert_tensor_parallel: 1.0; valid"),
+        ({"tp": 2, "dp": 3, "expert_parallel": 2}, "strategy.expert_parallel: 2 x expert tensor parallelism 2"),
         ({"recompute": "full"}, "strategy.recompute: 'full' is unknown; valid: none, selective, full"),
         ({"sequence_parallel": SequenceParallel.ULYSSES}, "strategy.sequence_parallel: 'ulysses' needs tp > 1"),
     ],
@@ -42,3 +57,4 @@ def test_text() -> None:
     )
     assert str(strategy) == "tp2+megatron cp2 dp4 zero1 recompute-full"
     assert str(Strategy()) == "tp1 dp1"
+    assert str(Strategy(tp=2, dp=4, expert_parallel=4, expert_tensor_parallel=1)) == "tp2 dp4 ep4 etp1"

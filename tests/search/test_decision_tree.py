@@ -110,7 +110,9 @@ def test_tp_rules_know_heads_groups_and_experts():
     assert tp_rule(grouped, model, 12, ulysses) == "ulysses_heads"
     assert tp_rule(grouped, model, 4, none) == "sp_experts"
     narrow = replace(grouped, experts=Experts(count=4, top_k=1, ffn_hidden_size=25))
-    assert tp_rule(narrow, model, 4, megatron) == "tp_width"
+    assert tp_rule(narrow, model, 4, megatron) is None  # its experts may stay whole
+    shared = replace(grouped, experts=replace(grouped.experts, shared_ffn_hidden_size=25))
+    assert tp_rule(shared, model, 4, megatron) == "tp_width"
 
 
 def test_fixed_decisions_hold_for_every_strategy():
@@ -144,3 +146,36 @@ def test_every_cut_has_a_reason():
         space.virtual_stages(outer)
         space.strategies(space.request.model.layers[0], outer)
     assert set(space.cuts) <= set(RULES)
+
+
+def with_experts(count: int, width: int) -> Layer:
+    return Layer(
+        kind=LayerKind.MOE_BLOCK,
+        attention=Attention(heads=12, query_groups=12, head_dim=4),
+        experts=Experts(count=count, top_k=1, ffn_hidden_size=width),
+    )
+
+
+def test_experts_are_shared_out_where_they_and_the_ranks_divide():
+    model = replace(tiny_model([0] * 8), layers=(with_experts(8, 25),) * 8)
+    space, found = strategies(request(model=model))
+    # 12 ranks have no group of 8, and a width of 25 is not cut in 2.
+    assert {s.expert_parallel for s in found} == {1, 2, 4}
+    assert {s.expert_shards for s in found if s.tp == 2} == {1}
+    assert space.cuts["ep_ranks"] and space.cuts["ep_width"]
+    split = replace(model, layers=(with_experts(4, 24),) * 8)
+    assert {s.expert_shards for s in strategies(request(model=split))[1] if s.tp == 2} == {1, 2}
+    assert not any(s.expert_parallel > 1 for s in strategies(request(model=tiny_model([0] * 8)))[1])
+
+
+def test_expert_degrees_by_hand_and_switched_off():
+    model = replace(tiny_model([0] * 8), layers=(with_experts(4, 24),) * 8)
+    fixed = request(model=model, constraints=Constraints(expert_parallel=2, expert_tensor_parallel=1))
+    space, found = strategies(fixed)
+    assert {(s.expert_parallel, s.expert_shards) for s in found} == {(2, 1)}
+    assert space.cuts["ep_fixed"] and space.cuts["etp_fixed"]
+    space, found = strategies(request(model=model, allow_expert_parallel=False))
+    assert {(s.expert_parallel, s.expert_tensor_parallel) for s in found} == {(1, None)}
+    assert space.cuts["ep_allowed"]
+    none, found = strategies(request(model=model, constraints=Constraints(expert_parallel=3)))
+    assert not found and none.cuts["ep_experts"]
