@@ -224,4 +224,5 @@ def options_from_arguments(arguments: Mapping[str, object], unknown: Sequence[st
         overlap_gradients=has("--overlap-grad-reduce"),
         overlap_parameters=has("--overlap-param-gather"),
         overlap_tensor_parallel=has("--tp-comm-overlap"),
+        optimizer_instances=arguments.get("num_distributed_optimizer_instances") or 1,
     )

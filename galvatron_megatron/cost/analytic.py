@@ -260,18 +260,14 @@ class AnalyticCostModel:
         cluster, constants = self.cluster, self.cluster.constants
         precision = self.model.precision
         parameters = counts.parameters - shared_weight
-        shares = parameter_shares(parameters, counts.parameters_expert, strategy)
+        instances = self.options.optimizer_instances if strategy.zero else 1
+        shares = parameter_shares(parameters, counts.parameters_expert, strategy, instances)
         element = self._element
-
-        def data_parallel(kind: str, element_bytes: int) -> float:
-            return sum(
-                collective_seconds(kind, s.parameters * element_bytes, s.replicas, s.stride, cluster)
-                for s in shares
-            )
-
-        gather = data_parallel("all_gather", element.weight)
-        reduce_kind = "all_reduce" if strategy.zero == 0 else "reduce_scatter"
-        reduce = data_parallel(reduce_kind, element.gradient)
+        gather = sum(
+            collective_seconds("all_gather", s.parameters * element.weight, s.sharding, s.stride, cluster)
+            for s in shares
+        )
+        reduce = sum(self._reduce_seconds(share, sharded=strategy.zero > 0) for share in shares)
 
         phases, terms = {}, []
         for name, wanted in (("forward", FORWARD_PHASES), ("backward", BACKWARD_PHASES)):
@@ -303,7 +299,7 @@ class AnalyticCostModel:
                     value=collective_seconds("all_reduce", size, 2, copy_stride, cluster),
                 )
             )
-        state, *of_experts = (state_bytes(s.parameters, strategy.zero, s.replicas, element) for s in shares)
+        state, *of_experts = (state_bytes(s.parameters, strategy.zero, s.sharding, element) for s in shares)
         state = sum(of_experts, state)
         state_terms = (
             Term(name="weights", value=state.weights),
@@ -337,6 +333,16 @@ class AnalyticCostModel:
             activation_terms=kept,
             slack_bytes=slack,
         )
+
+    def _reduce_seconds(self, share: Share, *, sharded: bool) -> float:
+        """Reduction of gradients: scattered where states are sharded, then summed over instances of shards."""
+        size = share.parameters * self._element.gradient
+        if not sharded:
+            return collective_seconds("all_reduce", size, share.replicas, share.stride, self.cluster)
+        seconds = collective_seconds("reduce_scatter", size, share.sharding, share.stride, self.cluster)
+        between = share.replicas // share.sharding
+        stride = share.stride * share.sharding
+        return seconds + collective_seconds("all_reduce", size / share.sharding, between, stride, self.cluster)
 
     def _sharded_seconds(
         self, phase: str, strategy: Strategy, micro_batches: int, total: float, gather: float, reduce: float
@@ -420,7 +426,7 @@ class AnalyticCostModel:
             )
         if options.optimizer_in_step:
             traffic = sum(
-                optimizer_traffic_bytes(s.parameters, strategy.zero, s.replicas, self._element) for s in shares
+                optimizer_traffic_bytes(s.parameters, strategy.zero, s.sharding, self._element) for s in shares
             )
             rate = cluster.device.memory_gb_per_second * GB * constants.memory_efficiency
             terms.append(Term(name="optimizer", value=traffic / rate))

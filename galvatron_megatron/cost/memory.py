@@ -73,15 +73,25 @@ class Share:
     """How many ranks hold them."""
     stride: int
     """Distance between those ranks."""
+    instances: int = 1
+    """Groups of them that shard states each among themselves."""
+
+    @property
+    def sharding(self) -> int:
+        """Over how many ranks ZeRO shards the states."""
+        return max(1, self.replicas // self.instances)
 
 
-def parameter_shares(parameters: int, expert_parameters: int, strategy: Strategy) -> tuple[Share, ...]:
+def parameter_shares(
+    parameters: int, expert_parameters: int, strategy: Strategy, instances: int = 1
+) -> tuple[Share, ...]:
     """The parameters of a layer's rank by who replicates them: experts have replicas of their own.
 
     Args:
         parameters: of this rank, those of its experts included.
         expert_parameters: of the experts on this rank.
         strategy: of the layer.
+        instances: ``--num-distributed-optimizer-instances``.
 
     Returns:
         One share, or two for a layer with experts.
@@ -90,11 +100,15 @@ def parameter_shares(parameters: int, expert_parameters: int, strategy: Strategy
         parameters=parameters - expert_parameters,
         replicas=strategy.state_replicas,
         stride=strategy.weight_shards,
+        instances=instances,
     )
     if not expert_parameters:
         return (dense,)
     return dense, Share(
-        parameters=expert_parameters, replicas=strategy.expert_replicas, stride=strategy.expert_ranks
+        parameters=expert_parameters,
+        replicas=strategy.expert_replicas,
+        stride=strategy.expert_ranks,
+        instances=instances,
     )
 
 

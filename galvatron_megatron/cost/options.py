@@ -21,5 +21,7 @@ class RunOptions:
     scatter_gather_sends: bool = False
     """Between nodes every rank of a tp group sends its share of an activation and the receivers gather it over
     the node's own links (arXiv 2104.04473, section 4.1); Megatron did so before megatron-core."""
+    optimizer_instances: int = 1
+    """``--num-distributed-optimizer-instances``: ZeRO 1 shards over the replicas of each instance alone."""
     optimizer_in_step: bool = True
     """False leaves out the optimizer step, where a measured time does so too."""

@@ -171,9 +171,6 @@ def _refuse_unplanned(given: Mapping[str, object]) -> None:
     for dest, valid in _UNPLANNED.items():
         if given.get(dest):
             raise PlanError(f"{option(dest)} is not planned for; valid: {valid}")
-    dest = "num_distributed_optimizer_instances"
-    if given.get(dest, 1) != 1:
-        raise PlanError(f"{option(dest)}: {given[dest]} is not planned for; valid: 1")
     dest, pp = "microbatch_group_size_per_vp_stage", given.get("pipeline_model_parallel_size", 1)
     if given.get(dest, pp) != pp:
         raise PlanError(

@@ -88,6 +88,11 @@ class JobPlanner:
                 f"--expert-tensor-parallel-size {fixed.expert_tensor_parallel}: a job measures experts split "
                 f"like the rest of a layer; valid: {fixed.tp or 1}, or leave it out"
             )
+        if (args.num_distributed_optimizer_instances or 1) > 1:
+            raise GalvatronError(
+                f"--num-distributed-optimizer-instances {args.num_distributed_optimizer_instances}: a job "
+                "measures optimizers sharded over all replicas; valid: 1"
+            )
         if getattr(args, "rampup_batch_size", None):
             raise GalvatronError("--rampup-batch-size is not planned for; valid: a fixed --global-batch-size")
         if args.global_batch_size is None:

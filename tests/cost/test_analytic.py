@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from galvatron_megatron.cost.analytic import AnalyticCostModel
 from galvatron_megatron.cost.options import RunOptions
+from galvatron_megatron.describe.model import Experts, Layer
+from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
 from tests.cost.machines import cluster, costs, model, setting
 
@@ -161,3 +163,46 @@ def test_flops_of_a_sample() -> None:
     head = price.model.padded_vocab_size(1) * 2048
     attention = 8 * 12 * 2048 * 2048 * 2048 / 2 * (7 / 6)
     assert price.flops_per_sample() == pytest.approx(6 * 2048 * (layers + head) + attention, rel=0.02)
+
+
+def with_experts(dispatcher: str, options: RunOptions | None = None) -> AnalyticCostModel:
+    experts = Experts(count=8, top_k=2, ffn_hidden_size=4096, dispatcher=dispatcher)
+    block = model().layers[0]
+    layer = Layer(kind=LayerKind.MOE_BLOCK, attention=block.attention, experts=experts)
+    return AnalyticCostModel(replace(model(), layers=(layer,)), cluster(), options)
+
+
+@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall", "flex"])
+def test_expert_parallelism_saves_states_and_costs_exchanges(dispatcher: str) -> None:
+    price = with_experts(dispatcher)
+    priced = [
+        price.priced_layer(0, Strategy(dp=8, expert_parallel=ep), setting(Strategy(dp=8))) for ep in (1, 2, 8)
+    ]
+    expert_bytes = 18 * 8 * 3 * 4096 * price.model.hidden_size
+    states = [one.cost.state_bytes for one in priced]
+    assert states[0] - states[1] == expert_bytes // 2
+    assert states[0] - states[2] == expert_bytes * 7 // 8
+    exchanged = [sum(term.value for term in one.micro_batch_terms if "parallel" in term.name) for one in priced]
+    assert exchanged[0] == 0 < exchanged[1] < exchanged[2]
+    reduced = [next(t.value for t in one.sync_terms if t.name == "gradient reduction") for one in priced]
+    assert reduced[0] > reduced[1] > reduced[2]
+    if dispatcher == "allgather":
+        sent = with_experts("alltoall").priced_layer(
+            0, Strategy(dp=8, expert_parallel=8), setting(Strategy(dp=8))
+        )
+        # All tokens to all ranks is more than two copies of each.
+        assert sent.cost.micro_batch_seconds < priced[2].cost.micro_batch_seconds
+
+
+def test_instances_of_the_optimizer_keep_more_states() -> None:
+    strategy = Strategy(dp=8, zero=1, expert_parallel=2)
+    one, two = (
+        with_experts("alltoall", RunOptions(optimizer_instances=count)).priced_layer(
+            0, strategy, setting(Strategy(dp=8, zero=1))
+        )
+        for count in (1, 2)
+    )
+    size = {term.name: term.value for term in one.state_terms}
+    assert {term.name: term.value for term in two.state_terms} == size | {
+        "optimizer states": 2 * size["optimizer states"]
+    }

@@ -1,11 +1,19 @@
 """Bytes per parameter against Megatron's table, and what overlap and resharding add."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galvatron_megatron.cost.memory import optimizer_traffic_bytes, parameter_bytes, state_bytes
+from galvatron_megatron.cost.memory import (
+    optimizer_traffic_bytes,
+    parameter_bytes,
+    parameter_shares,
+    state_bytes,
+)
 from galvatron_megatron.cost.options import RunOptions
+from galvatron_megatron.plan.strategy import Strategy
 
 
 @pytest.mark.parametrize(
@@ -33,3 +41,18 @@ def test_each_stage_keeps_no_more(parameters: int, replicas: int, precision: str
     assert traffic == sorted(traffic, reverse=True)
     if replicas == 1:
         assert len(set(totals)) == 1
+
+
+def test_experts_are_replicated_and_sharded_by_ranks_of_their_own() -> None:
+    strategy = Strategy(tp=2, dp=8, zero=1, expert_parallel=4)
+    dense, experts = parameter_shares(1000, 600, strategy)
+    assert (dense.parameters, dense.replicas, dense.stride) == (400, 8, 2)
+    assert (experts.parameters, experts.replicas, experts.stride) == (600, 2, 8)
+    assert parameter_shares(1000, 0, strategy) == (replace(dense, parameters=1000),)
+
+
+def test_instances_of_the_optimizer_shard_among_themselves() -> None:
+    (share,) = parameter_shares(1000, 0, Strategy(dp=8, zero=1), instances=2)
+    assert (share.replicas, share.sharding) == (8, 4)
+    (alone,) = parameter_shares(1000, 0, Strategy(zero=1), instances=2)
+    assert alone.sharding == 1

@@ -386,7 +386,6 @@ def test_stages_laid_out_by_hand(flags: str, stages: tuple[int, ...] | None) -> 
         "--context-parallel-size 2 --tensor-model-parallel-size 2 --cp-comm-type a2a",
         "--context-parallel-size 2 --cp-comm-type a2a p2p",
         "--pipeline-model-parallel-size 2 --microbatch-group-size-per-virtual-pipeline-stage 4",
-        "--num-distributed-optimizer-instances 2",
         "--moe-layer-recompute",
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2",
         "--recompute-granularity full --recompute-method block",

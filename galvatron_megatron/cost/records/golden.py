@@ -2,7 +2,7 @@
 
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.records.values import MeasuredRun, RowReader, even_split, gpt_layer, uniform_plan
-from galvatron_megatron.describe.model import Model
+from galvatron_megatron.describe.model import Experts, Model
 from galvatron_megatron.errors import DescriptionError
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
 
@@ -15,7 +15,6 @@ _BOARD_DEVICES = 4
 """Devices of the one-node GB200 jobs."""
 
 _OUTSIDE = {
-    "num-experts": "experts: a plan has no expert-parallel degree",
     "use-megatron-fsdp": "Megatron-FSDP keeps its own buffers",
     "use-torch-fsdp2": "FSDP2 keeps its own buffers",
     "fp8-format": "fp8 keeps scaled copies of weights and activations",
@@ -43,10 +42,17 @@ def golden_run(reader: RowReader) -> MeasuredRun:
 
     What the record leaves out is read from the test's name (``rope``, ``disable_bias_linear``, ``1node``) and
     from Megatron's defaults for the small test model (dropout 0.1, GPT-2's vocabulary, eight devices).
+
+    Raises:
+        DescriptionError: the row cannot be read, or why it cannot be predicted.
     """
     case, tag = reader.text("case"), reader.text("tag")
     if reader.flag("account-for-embedding-in-pipeline-split"):
         raise DescriptionError("embedding and loss count as layers: a plan has no stage without a layer")
+    doubt = _doubt(reader, case)
+    if doubt:
+        # What the record leaves out may well be a degree, without which there is no plan.
+        raise DescriptionError(doubt)
     tp, cp, pp = (
         reader.integer(f"{name}-parallel-size", 1) for name in ("tensor-model", "context", "pipeline-model")
     )
@@ -54,7 +60,10 @@ def golden_run(reader: RowReader) -> MeasuredRun:
     dp = max(1, devices // (tp * cp * pp))
     layers, hidden = reader.integer("num-layers", 1), reader.integer("hidden-size", 1)
     small = hidden <= 1024
-    gated, bias = reader.flag("swiglu"), "disable_bias_linear" not in case and small
+    experts = reader.integer("num-experts", 0)
+    # Megatron's grouped experts have no biases, and so no test with experts has any.
+    bias = "disable_bias_linear" not in case and small and not experts
+    gated = reader.flag("swiglu")
     ffn = reader.integer("ffn-hidden-size", int(hidden * 8 / 3 / 64) * 64 if gated else 4 * hidden)
     heads = reader.integer("num-attention-heads", 1)
     local = reader.text("transformer-impl") == "local"
@@ -71,6 +80,7 @@ def golden_run(reader: RowReader) -> MeasuredRun:
                 ffn=ffn,
                 gated=gated,
                 bias=bias,
+                experts=_experts(reader, experts, ffn, gated=gated) if experts else None,
             ),
         )
         * layers,
@@ -79,7 +89,7 @@ def golden_run(reader: RowReader) -> MeasuredRun:
         precision="fp16" if reader.flag("fp16") else "bf16" if reader.flag("bf16") else "fp32",
         hidden_dropout=0.1,
         attention_dropout=0.1,
-        fused_attention=not local and _fused_attention(case, tag, small=small, cp=cp),
+        fused_attention=not local and _fused_attention(case, tag, small=small, cp=cp, experts=experts > 0),
     )
     recompute = reader.text("recompute-granularity")
     if reader.flag("recompute-activations"):
@@ -93,6 +103,8 @@ def golden_run(reader: RowReader) -> MeasuredRun:
             SequenceParallel.MEGATRON if tp > 1 and reader.flag("sequence-parallel") else SequenceParallel.NONE
         ),
         recompute=Recompute(recompute or "none"),
+        expert_parallel=reader.integer("expert-model-parallel-size", 1) if experts else 1,
+        expert_tensor_parallel=reader.integer("expert-tensor-parallel-size", tp) if experts else None,
     )
     micro = reader.integer("micro-batch-size", 1)
     split, virtual = _stages(reader, layers, pp)
@@ -114,19 +126,32 @@ def golden_run(reader: RowReader) -> MeasuredRun:
         plan=plan,
         options=RunOptions(
             gradients_in_fp32=model.precision == "bf16",
+            optimizer_instances=reader.integer("num-distributed-optimizer-instances", 1),
         ),
         peak_bytes=((pp - 1, int(reader.number_of("mem_max_gib") * 2**30)),),
-        doubt=_doubt(reader, case),
     )
 
 
-def _fused_attention(case: str, tag: str, *, small: bool, cp: int) -> bool:
+def _experts(reader: RowReader, count: int, ffn: int, *, gated: bool) -> Experts:
+    return Experts(
+        count=count,
+        top_k=reader.integer("moe-router-topk", 2),
+        ffn_hidden_size=reader.integer("moe-ffn-hidden-size", ffn),
+        shared_ffn_hidden_size=int(reader.text("moe-shared-expert-intermediate-size") or 0),
+        gated=gated,
+        dispatcher=reader.text("moe-token-dispatcher-type") or "allgather",
+    )
+
+
+def _fused_attention(case: str, tag: str, *, small: bool, cp: int, experts: bool) -> bool:
     """Whether Transformer Engine ran a fused kernel, which the records do not say.
 
     Deterministic mode with attention dropout ruled fused kernels out in the older containers (``dracooci``) and
-    in the older tests (those that do not resume); context parallelism works with fused kernels alone.
+    in the older tests (those that do not resume); context parallelism works with fused kernels alone. The
+    records of experts in the container ``lts`` are older than the others of that container.
     """
-    return not small or cp > 1 or ("resume" in case and "dracooci" not in tag)
+    older = "dracooci" in tag or (experts and tag.startswith("lts"))
+    return not small or cp > 1 or ("resume" in case and not older)
 
 
 def _stages(reader: RowReader, layers: int, pp: int) -> tuple[tuple[int, ...] | None, int]:
@@ -151,7 +176,7 @@ def _doubt(reader: RowReader, case: str) -> str:
     for column, reason in _OUTSIDE.items():
         if reader.text(column) not in ("", "false"):
             return reason
-    if reader.text("kind") not in ("", "gpt"):
+    if reader.text("kind") not in ("", "gpt", "moe", "mixtral"):
         return f"a {reader.text('kind')} model whose layers the record does not describe"
     if reader.text("recompute-granularity") == "selective" and reader.text("recompute-modules"):
         return "recomputed modules that a plan cannot name"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 from galvatron_megatron.cost.options import RunOptions
-from galvatron_megatron.describe.model import Attention, Layer, Mlp, Model
+from galvatron_megatron.describe.model import Attention, Experts, Layer, Mlp, Model
 from galvatron_megatron.errors import DescriptionError
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
@@ -86,11 +86,19 @@ class RowReader:
 
 @cache
 def gpt_layer(
-    hidden: int, heads: int, *, groups: int = 0, ffn: int = 0, gated: bool = False, bias: bool = True
+    hidden: int,
+    heads: int,
+    *,
+    groups: int = 0,
+    ffn: int = 0,
+    gated: bool = False,
+    bias: bool = True,
+    experts: Experts | None = None,
 ) -> Layer:
     """A GPT block; equal arguments give one object, so that prices are shared."""
     return Layer(
-        kind=LayerKind.BLOCK,
+        kind=LayerKind.BLOCK if experts is None else LayerKind.MOE_BLOCK,
+        experts=experts,
         attention=Attention(
             heads=heads,
             query_groups=groups or heads,
@@ -98,7 +106,9 @@ def gpt_layer(
             qkv_bias=bias,
             output_bias=bias,
         ),
-        mlp=Mlp(
+        mlp=None
+        if experts is not None
+        else Mlp(
             ffn_hidden_size=ffn or 4 * hidden, gated=gated, bias=bias, activation="silu" if gated else "gelu"
         ),
     )
@@ -131,7 +141,7 @@ def uniform_plan(
         virtual_stages=virtual_stages,
         micro_batch_size=micro_batch_size,
         micro_batches=micro_batches,
-        base=replace(strategy, recompute=Recompute.NONE),
+        base=replace(strategy.without_experts, recompute=Recompute.NONE),
         stages=tuple(
             StagePlan(layers=tuple(LayerPlan(kind=next(rest).kind, strategy=strategy) for _ in range(count)))
             for count in split

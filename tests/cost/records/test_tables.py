@@ -103,3 +103,15 @@ def test_bad_rows_are_kept_with_their_reason(tmp_path: Path) -> None:
     assert [run.row for run in table.runs] == [1]
     assert "row 2 column iter_ms: 'soon'; valid: a number" in table.unread[0].reason
     assert "tp 1 x dp 1 x pp 2 on 3 devices" in table.unread[1].reason
+
+
+def test_a_golden_row_with_experts() -> None:
+    runs = {run.row: run for run in read_table(shipped_table("megatron_golden_memory")).runs}
+    run = runs[350]
+    experts = run.model.layers[0].experts
+    assert (experts.count, experts.top_k, experts.ffn_hidden_size) == (8, 2, 1024)
+    assert (experts.shared_ffn_hidden_size, experts.dispatcher) == (512, "alltoall")
+    strategy = run.plan.layers[0].strategy
+    assert (strategy.tp, strategy.dp, strategy.expert_parallel, strategy.expert_shards) == (4, 1, 2, 2)
+    assert runs[303].options.optimizer_instances == 2
+    assert runs[303].model.layers[0].experts.dispatcher == "allgather"
