@@ -58,6 +58,7 @@ class Branch:
         self.is_possible = all(len(options.strategies) for options in self.options.values())
         self._live: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._relaxed_chains: dict[int, tuple[Chain, dict[tuple, int]]] = {}
+        self._chains: dict[tuple[int, tuple], tuple[Chain, dict[tuple, int]]] = {}
         self._spans: dict[int, tuple[Spans, ...]] = {}
         self._numbered: dict = {}
         self._useful: dict[int, dict[tuple[int, bool | None], Options]] = {}
@@ -343,13 +344,22 @@ class Branch:
             cutoff: only plans faster than this many seconds are wanted.
             options: strategies to choose from; by default all.
         """
-        options = self._useful.get(virtual_stages, self.undominated) if options is None else options
+        shared = options is None
+        if shared:
+            options = self._useful.get(virtual_stages, self.undominated)
         if not all(len(entry.strategies) for entry in options.values()):
             return None
         live, positions = self.positions(virtual_stages, base)
         if positions.budget.min() < 0:
             return None
-        chain, element_of = self.chain(options, virtual_stages, live, positions, base)
+        # Base layouts that differ in the ZeRO stage of embedding and head share what is known about stages.
+        key = (virtual_stages, base.layout)
+        if not shared:
+            chain, element_of = self.chain(options, virtual_stages, live, positions, base)
+        elif key in self._chains:
+            chain, element_of = self._chains[key]
+        else:
+            chain, element_of = self._chains[key] = self.chain(options, virtual_stages, live, positions, base)
         time_limit = cutoff / self.outer.micro_batches  # T >= m * max(t)
         best: tuple[Partition, Spans] | None = None
         for spans in self.spans(virtual_stages):

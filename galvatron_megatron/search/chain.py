@@ -96,6 +96,9 @@ class Chain:
         self._tails: dict[tuple[int, ...], np.ndarray] = {}
         self._costs: dict[int, np.ndarray] = {}
         self._fastest: dict[tuple[int, ...], FastestPath] = {}
+        self._whole: dict[object, np.ndarray] = {}
+        self.answers: dict = {}
+        """Answers found so far, by sequence and class of positions; kept here for all who share the chain."""
         self.least_transient = min(float(options.transient.min()) for options in self.elements)
         # [R, 1, K, K]: resharding counts in the rows of time only
         # [K, K] how much further from the first layout than from the second any third one can be
@@ -149,6 +152,19 @@ class Chain:
                 onward = self._cost(element) + found
                 found = (self._moves + onward[:, :, None, :]).min(3) if len(self.reshard) > 1 else onward
             self._tails[sequence[index:]] = found
+        return found
+
+    def whole(self, family: object, sequences: Sequence[tuple[int, ...]]) -> np.ndarray:
+        """Cheapest prices of whole sequences, from base to base, [R, D, C].
+
+        Args:
+            family: names the sequences; equal names, equal sequences.
+            sequences: C of them.
+        """
+        found = self._whole.get(family)
+        if found is None:
+            found = np.stack([self.tail(sequence)[:, :, self.base] for sequence in sequences], axis=2)
+            self._whole[family] = found
         return found
 
     def time_bounds(

@@ -36,57 +36,33 @@ class Assignment:
     """Index of the strategy of every layer element, boundaries left out."""
 
 
-def fastest_assignment(
-    chain: Chain,
-    sequence: tuple[int, ...],
-    position: int,
-    budget: float,
-    *,
-    constant_transient: float = 0.0,
-    time_limit: float = np.inf,
-    sync_limit: float = np.inf,
-) -> Assignment | None:
-    """Finds the fastest path; among equally fast ones the one with least sync.
+class StageSearch:
+    """Finds the fastest path through one sequence; among equally fast ones the one with least sync.
 
-    Args:
-        chain: prices and bounds.
-        sequence: elements and boundaries of the rank.
-        position: class of the pipeline position, an index into ``chain.live``.
-        budget: bytes for state, live activations and the largest transient.
-        constant_transient: transient bytes of embedding or head, which the largest is at least.
-        time_limit: seconds; slower paths are not wanted.
-        sync_limit: seconds of synchronisation that the layers may take.
-
-    Returns:
-        The assignment, or None where no path keeps all limits.
+    Attributes:
+        dual: rows of the best multipliers, once the bound was asked for.
     """
-    whole = chain.tail(sequence)[:, position : position + 1, chain.base]
-    floor = max(chain.least_transient, constant_transient)
-    if whole[BYTES_ROW, 0] + floor > budget or whole[SYNC_ROW, 0] > sync_limit * (1 + _SLACK):
-        return None
-    solver = _LabelSetting(chain, sequence, position, budget, constant_transient, sync_limit)
-    lower = solver.lower_bound(whole[:, 0])
-    if lower > time_limit:
-        return None
-    solver.dual, ascended = best_dual(chain, sequence, position, budget - floor, sync_limit, time_limit)
-    lower = max(lower, ascended)
-    if lower > time_limit:
-        return None
-    window = max(lower, 0.0) * _FIRST_WINDOW + 1e-12
-    while True:
-        allowed = min(time_limit, lower + window)
-        found = solver.run(allowed)
-        if found is not None or allowed >= time_limit:
-            return found
-        window *= _WIDENING
-        if window > 64 * (abs(lower) + 1e-9):
-            return solver.run(time_limit)
 
+    def __init__(
+        self,
+        chain: Chain,
+        sequence: tuple[int, ...],
+        position: int,
+        budget: float,
+        *,
+        constant_transient: float = 0.0,
+        sync_limit: float = np.inf,
+    ) -> None:
+        """Sets the limits.
 
-class _LabelSetting:
-    """Forward label setting over one sequence."""
-
-    def __init__(self, chain, sequence, position, budget, constant_transient, sync_limit) -> None:
+        Args:
+            chain: prices and bounds.
+            sequence: elements and boundaries of the rank.
+            position: class of the pipeline position, an index into ``chain.live``.
+            budget: bytes for state, live activations and the largest transient.
+            constant_transient: transient bytes of embedding or head, which the largest is at least.
+            sync_limit: seconds of synchronisation that the layers may take.
+        """
         self.chain = chain
         self.sequence = sequence
         self.position = position
@@ -94,20 +70,41 @@ class _LabelSetting:
         self.transient = constant_transient
         self.sync_limit = sync_limit
         self.limits_sync = bool(np.isfinite(sync_limit))
-        rows = np.arange(2, len(chain.kappa)) if self.limits_sync else chain.plain_rows
-        self.rows = rows
-        self.beta = chain.beta[rows, position]
-        self.kappa = chain.kappa[rows]
         self.dual: list[DualRow] = []
+        self._lower = -np.inf
 
-    def lower_bound(self, whole: np.ndarray) -> float:
-        """Bound of the time of the whole sequence from its prices [R]."""
-        floor = max(self.chain.least_transient, self.transient)
-        bound = whole[self.rows] - self.beta * (self.budget - floor)
-        bound = bound - _SLACK * (whole[self.rows] + self.beta * self.budget)
-        if self.limits_sync:
-            bound = bound - self.kappa * self.sync_limit
-        return float(bound.max())
+    def lower_bound(self, time_limit: float = np.inf) -> float:
+        """Bound of the time of the fastest path, by the best multipliers; infinite where nothing fits.
+
+        Args:
+            time_limit: a bound above this many seconds need not be sharper.
+        """
+        chain = self.chain
+        whole = chain.tail(self.sequence)[:, self.position, chain.base]
+        floor = max(chain.least_transient, self.transient)
+        if whole[BYTES_ROW] + floor > self.budget or whole[SYNC_ROW] > self.sync_limit * (1 + _SLACK):
+            self._lower = np.inf
+            return np.inf
+        self.dual, ascended = best_dual(
+            chain, self.sequence, self.position, self.budget - floor, self.sync_limit, time_limit
+        )
+        self._lower = max(self._lower, ascended)
+        return self._lower
+
+    def fastest(self, time_limit: float = np.inf) -> Assignment | None:
+        """Finds the fastest path, None where every one takes more than ``time_limit`` seconds."""
+        lower = self._lower if self.dual else self.lower_bound(time_limit)
+        if lower > time_limit:
+            return None
+        window = max(lower, 0.0) * _FIRST_WINDOW + 1e-12
+        while True:
+            allowed = min(time_limit, lower + window)
+            found = self.run(allowed)
+            if found is not None or allowed >= time_limit:
+                return found
+            window *= _WIDENING
+            if window > 64 * (abs(lower) + 1e-9):
+                return self.run(time_limit)
 
     def run(self, allowed: float) -> Assignment | None:
         """Label setting with a given time allowed."""
@@ -160,10 +157,8 @@ class _LabelSetting:
             keep &= new[1] + rest[SYNC_ROW] <= self.sync_limit * (1 + _SLACK)
         if not np.isfinite(limit):
             return keep
-        onward = [(row.beta, row.kappa, row.tails[index + 1][layouts]) for row in self.dual]
-        if not onward:
-            onward = [(b, k, rest[r]) for r, b, k in zip(self.rows, self.beta, self.kappa, strict=True)]
-        for beta, kappa, tail in onward:
+        for row in self.dual:
+            beta, kappa, tail = row.beta, row.kappa, row.tails[index + 1][layouts]
             bound = new[0] + tail * (1 - _SLACK)
             if beta:
                 bound -= beta * spare + _SLACK * np.abs(beta * spare)

@@ -13,19 +13,18 @@ exact ones
 (``layer_dp``) only where a best path uses them: when every stage of a best path is exact, so is the path.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import count, pairwise
 
 import numpy as np
 
 from galvatron_megatron.search.chain import BOUNDARY, BYTES_ROW, SYNC_ROW, Chain
-from galvatron_megatron.search.layer_dp import Assignment, fastest_assignment
+from galvatron_megatron.search.layer_dp import Assignment, StageSearch
 from galvatron_megatron.search.options import Options
 from galvatron_megatron.search.spans import Spans
+from galvatron_megatron.search.stage_answers import ROUNDING, Limits, StageAnswers
 
-_TIGHT = 1e-12
-"""Relative difference of two step times that count as equal."""
 _NEAR = 2e-3
 
 
@@ -53,34 +52,6 @@ class Partition:
     cuts: tuple[int, ...]
     """P + 1 places on the width of the spans, from 0."""
     assignments: tuple[Assignment, ...]
-
-
-@dataclass(slots=True)
-class _Stage:
-    """What is known exactly about one sequence in one class of positions, by allowance of synchronisation."""
-
-    solved: list[tuple[float, Assignment]] = field(default_factory=list)
-    """(allowance, fastest within it): also the fastest for every allowance down to its own sync."""
-    refuted: list[tuple[float, float]] = field(default_factory=list)
-    """(allowance, seconds): nothing at most so slow within the allowance."""
-
-    def exact(self, allowance: float) -> Assignment | None:
-        for limit, found in self.solved:
-            if found.sync <= allowance <= limit:
-                return found
-        return None
-
-    def lower_bound(self, allowance: float, constant: float) -> float:
-        """Bound of the stage time, the constant part added."""
-        bound = 0.0
-        for limit, found in self.solved:
-            if allowance <= limit:
-                bound = max(bound, found.seconds + constant)
-        for limit, seconds in self.refuted:
-            if allowance <= limit:
-                # Above the cap that was refuted, whatever rounding did to the difference and the sum.
-                bound = max(bound, (seconds + constant) * (1 + _TIGHT))
-        return bound
 
 
 class PipelineProblem:
@@ -126,16 +97,11 @@ class PipelineProblem:
         self.is_possible = bool(self._sequences)
         if not self.is_possible:
             return
-        tails = np.stack([chain.tail(sequence)[:, :, chain.base] for sequence in self._sequences], axis=2)
-        self._prices = tails[:, positions.classes, :]
-        least = np.maximum(positions.transient, chain.least_transient)
-        self._spare = positions.budget - least
-        keys = zip(
-            positions.classes.tolist(), positions.budget.tolist(), positions.transient.tolist(), strict=True
-        )
-        self._keys = list(keys)
-        self._stages: dict[tuple, _Stage] = {}
+        self._prices = chain.whole(key, self._sequences)[:, positions.classes, :]
+        self._spare = positions.budget - np.maximum(positions.transient, chain.least_transient)
+        self._answers: dict[tuple[int, ...], dict[int, StageAnswers]] = chain.answers
         self._bounds: dict[float, np.ndarray] = {}
+        self._low_both = 0.0
 
     # ---- sequences -------------------------------------------------------------------------------------------
 
@@ -205,71 +171,88 @@ class PipelineProblem:
         found = np.full((layers.shape[0], layers.shape[1] + 1), np.inf)
         found[:, :-1] = layers + positions.seconds[:, None]
         self._bounds = {sync_limit: found}  # one at a time: boxes of one allowance follow each other
-        for position, key in enumerate(self._keys):
-            for number in range(len(self._sequences)):
-                stage = self._stages.get((key, number))
-                if stage is not None:
-                    self._tighten(found, position, number, stage, sync_limit)
+        if self._answers:
+            for number, sequence in enumerate(self._sequences):
+                known = self._answers.get(sequence)
+                if known:
+                    self._tighten(found, number, known, sync_limit)
         return found
 
-    def _tighten(self, times: np.ndarray, position: int, number: int, stage: _Stage, sync_limit: float) -> None:
-        allowance = sync_limit - self.positions.sync[position]
-        constant = self.positions.seconds[position]
-        exact = stage.exact(allowance)
-        if exact is not None:
-            times[position, number] = exact.seconds + constant
-        else:
-            times[position, number] = max(times[position, number], stage.lower_bound(allowance, constant))
-
-    def _make_exact(self, position: int, number: int, time_limit: float, sync_limit: float) -> bool:
-        """Solves one stage exactly; False where it was exact already."""
+    def _limits(self, position: int, sync_limit: float) -> Limits:
         positions = self.positions
-        key = (self._keys[position], number)
-        stage = self._stages.setdefault(key, _Stage())
-        allowance = sync_limit - positions.sync[position]
-        if stage.exact(allowance) is not None:
+        return Limits(
+            budget=float(positions.budget[position]),
+            transient=float(positions.transient[position]),
+            sync=float(sync_limit - positions.sync[position]),
+        )
+
+    def _tighten(
+        self, times: np.ndarray, number: int, known: dict[int, StageAnswers], sync_limit: float
+    ) -> None:
+        """Enters into the stage times what is known about one sequence."""
+        for position, group in enumerate(self.positions.classes.tolist()):
+            stage = known.get(group)
+            if stage is None:
+                continue
+            constant = self.positions.seconds[position]
+            limits = self._limits(position, sync_limit)
+            exact = stage.exact(limits)
+            if exact is not None:
+                times[position, number] = exact.seconds + constant
+            else:
+                # Above a cap that was refuted, whatever rounding did to the difference and the sum.
+                bound = (stage.lower_bound(limits) + constant) * (1 + ROUNDING)
+                times[position, number] = max(times[position, number], bound)
+
+    def _retighten(self, number: int, sync_limit: float) -> None:
+        self._tighten(self._times(sync_limit), number, self._answers[self._sequences[number]], sync_limit)
+
+    def _stage(self, position: int, number: int) -> StageAnswers:
+        known = self._answers.setdefault(self._sequences[number], {})
+        return known.setdefault(int(self.positions.classes[position]), StageAnswers())
+
+    def _take_fastest(self, position: int, number: int, sync_limit: float) -> bool:
+        """Makes a stage exact where the fastest path of all keeps every limit; False where it does not."""
+        limits = self._limits(position, sync_limit)
+        path = self.chain.fastest(self._sequences[number])
+        used = float(path.bytes[self.positions.classes[position]])
+        if path.sync > limits.sync or used + max(path.transient, limits.transient) > limits.budget:
             return False
-        sequence = self._sequences[number]
-        budget, transient = float(positions.budget[position]), float(positions.transient[position])
-        limit = time_limit - positions.seconds[position]
-        path = self.chain.fastest(sequence)
-        used = float(path.bytes[positions.classes[position]])
-        if path.sync <= allowance and used + max(path.transient, transient) <= budget:
-            found = Assignment(
-                seconds=path.seconds,
-                sync=path.sync,
-                bytes=used,
-                transient=max(path.transient, transient),
-                choices=path.choices,
-            )
-            stage.solved.append((np.inf, found))
-        else:
-            # Without a limit on sync the problem has a dimension less, and as a rule its answer keeps the
-            # limit.
-            limits = (np.inf,) if not np.isfinite(allowance) else (np.inf, allowance)
-            for sync in limits:
-                if stage.exact(allowance) is not None or stage.lower_bound(allowance, 0.0) > limit:
-                    break
-                if sync == np.inf and any(known == np.inf for known, _ in stage.solved):
-                    continue
-                found = fastest_assignment(
-                    self.chain,
-                    sequence,
-                    int(positions.classes[position]),
-                    budget,
-                    constant_transient=transient,
-                    time_limit=limit,
-                    sync_limit=sync,
-                )
-                if found is None:
-                    stage.refuted.append((sync, limit))
-                else:
-                    stage.solved.append((sync, found))
-        times = self._times(sync_limit)
-        for other, other_key in enumerate(self._keys):
-            if other_key == self._keys[position]:
-                self._tighten(times, other, number, stage, sync_limit)
+        found = Assignment(
+            seconds=path.seconds, sync=path.sync, bytes=used, transient=path.transient, choices=path.choices
+        )
+        self._stage(position, number).solved.append((Limits(budget=np.inf, transient=0.0), found))
+        self._retighten(number, sync_limit)
         return True
+
+    def _learn(self, position: int, number: int, time_limit: float, sync_limit: float) -> None:
+        """Learns more about a stage that is not exact: a sharper bound at first, then the answer.
+
+        Without a limit on sync the problem has a dimension less, and as a rule its answer keeps the limit.
+        """
+        stage = self._stage(position, number)
+        limits = self._limits(position, sync_limit)
+        loose = replace(limits, sync=np.inf)
+        asked = limits if stage.exact(loose) is not None else loose
+        limit = time_limit - self.positions.seconds[position]
+        search = stage.searches.get(asked)
+        if search is None:
+            search = stage.searches[asked] = StageSearch(
+                self.chain,
+                self._sequences[number],
+                int(self.positions.classes[position]),
+                asked.budget,
+                constant_transient=asked.transient,
+                sync_limit=asked.sync,
+            )
+            stage.refuted.append((asked, search.lower_bound(limit) * (1 - 4 * ROUNDING)))
+        else:
+            found = search.fastest(limit)
+            if found is None:
+                stage.refuted.append((asked, limit))
+            else:
+                stage.solved.append((asked, found))
+        self._retighten(number, sync_limit)
 
     # ---- shortest paths --------------------------------------------------------------------------------------
 
@@ -308,25 +291,44 @@ class PipelineProblem:
         return [int(self._first[cuts[1]]), *middle, int(self._last[cuts[-2]])]
 
     def _oracle(
-        self, slowest: float, sync_limit: float, most: float
+        self, low_time: float, low_sync: float, slowest: float, sync_limit: float, cutoff: float
     ) -> tuple[float, list[int], list[Assignment]] | None:
-        """Least sum of stage times, exactly, under both caps; None where it is above ``most`` or impossible."""
+        """Finds the least sum of stage times, exactly, under both caps.
+
+        Args:
+            low_time: seconds that the slowest stage takes at least.
+            low_sync: seconds that the largest synchronisation takes at least.
+            slowest: cap on every stage time.
+            sync_limit: cap on every synchronisation.
+            cutoff: only plans faster than this many seconds are wanted.
+
+        Returns:
+            The sum, the cuts and the stages; None where no plan is below the cutoff.
+        """
+        weight = self.slowest_weight
         while True:
             times = self._times(sync_limit)
             capped = np.where(times <= slowest, times, np.inf)
             total, cuts = self._shortest(capped)
-            if total > most or not np.isfinite(total):
+            if not np.isfinite(total):
                 return None
-            numbers = self._numbers(cuts)
-            changed = False
-            for position, number in enumerate(numbers):
-                changed |= self._make_exact(position, number, slowest, sync_limit)
-            if not changed:
-                found = []
-                for position, number in enumerate(numbers):
-                    stage = self._stages[self._keys[position], number]
-                    found.append(stage.exact(sync_limit - self.positions.sync[position]))
-                return total, cuts, found
+            least, _ = self._shortest(capped, np.maximum)
+            rest = total * self.sum_weight
+            if max(weight * max(least, low_time) + low_sync, self._low_both) + rest > cutoff:
+                return None
+            stages = list(enumerate(self._numbers(cuts)))
+            if weight > 0:
+                slowest = min(slowest, (cutoff - rest - low_sync) / weight)
+                if max(times[stage] for stage in stages) > slowest:
+                    continue
+            exact = [self._stage(*stage).exact(self._limits(stage[0], sync_limit)) for stage in stages]
+            if None not in exact:
+                return total, cuts, exact
+            unknown = [stage for stage, answer in zip(stages, exact, strict=True) if answer is None]
+            taken = [self._take_fastest(*stage, sync_limit) for stage in unknown]
+            if not any(taken):
+                # One at a time, the slowest first: as a rule it tells that no plan is left.
+                self._learn(*max(unknown, key=lambda stage: times[stage]), slowest, sync_limit)
 
     # ---- branch and bound ------------------------------------------------------------------------------------
 
@@ -340,7 +342,7 @@ class PipelineProblem:
 
     def least_full(self) -> list[int] | None:
         """Cuts for which the stage that overfills its budget most does so least, whatever the time."""
-        over = np.full((len(self._keys), len(self._sequences) + 1), np.inf)
+        over = np.full((self.spans.pp, len(self._sequences) + 1), np.inf)
         over[:, :-1] = self._prices[BYTES_ROW] - self._spare[:, None]
         value, cuts = self._shortest(over, np.maximum)
         return cuts if np.isfinite(value) else None
@@ -390,7 +392,7 @@ class PipelineProblem:
         """Least slowest stage, least largest sync, and least largest (weight * time + sync), each by itself."""
         slowest, _ = self._shortest(self._times(np.inf), np.maximum)
         padded = np.full(self._times(np.inf).shape, np.inf)
-        padded[:, :-1] = self._prices[SYNC_ROW] * (1 - _TIGHT) + self.positions.sync[:, None]
+        padded[:, :-1] = self._prices[SYNC_ROW] * (1 - ROUNDING) + self.positions.sync[:, None]
         sync, _ = self._shortest(padded, np.maximum)
         both = 0.0
         weight = self.slowest_weight
@@ -399,7 +401,7 @@ class PipelineProblem:
             if len(rows):
                 paid = self.chain.beta[rows][:, self.positions.classes] * self._spare
                 price = self._prices[rows]
-                bound = (price - paid[:, :, None] - _TIGHT * (price + np.abs(paid)[:, :, None])).max(0)
+                bound = (price - paid[:, :, None] - ROUNDING * (price + np.abs(paid)[:, :, None])).max(0)
                 padded[:, :-1] = (
                     weight * (bound + self.positions.seconds[:, None]) + self.positions.sync[:, None]
                 )
@@ -417,38 +419,37 @@ class PipelineProblem:
         """
         if not self.is_possible:
             return None
-        low_slowest, low_sync, low_both = self._least()
+        low_slowest, low_sync, self._low_both = self._least()
         if not np.isfinite(low_slowest):
             return None
         best: Partition | None = None
         ticket = count()
         boxes: list = []
-        limit = min(self.time_limit, np.inf)
+        limit = self.time_limit
 
         def push(low_t: float, high_t: float, low_y: float, high_y: float, known: tuple | None) -> None:
-            fixed = max(self.slowest_weight * low_t + low_y, low_both)
+            fixed = max(self.slowest_weight * low_t + low_y, self._low_both)
             bound = fixed + (known[0] * self.sum_weight if known else 0.0)
-            heappush(boxes, (bound, next(ticket), fixed, low_t, high_t, low_y, high_y, known))
+            heappush(boxes, (bound, next(ticket), low_t, high_t, low_y, high_y, known))
 
         push(low_slowest, limit, low_sync, np.inf, None)
         while boxes:
-            bound, _, fixed, low_t, high_t, low_y, high_y, known = heappop(boxes)
-            if bound >= cutoff * (1 - _TIGHT):
+            bound, _, low_t, high_t, low_y, high_y, known = heappop(boxes)
+            if bound >= cutoff * (1 - ROUNDING):
                 break
             if known is None:
-                most = (cutoff - fixed) / self.sum_weight
-                known = self._oracle(high_t, high_y, most)
+                known = self._oracle(low_t, low_y, high_t, high_y, cutoff)
                 if known is None:
                     continue
             total, cuts, found = known
             times = [a.seconds + c for a, c in zip(found, self.positions.seconds, strict=True)]
             syncs = [a.sync + c for a, c in zip(found, self.positions.sync, strict=True)]
             value = self.slowest_weight * max(times) + sum(times) * self.sum_weight + max(syncs)
-            if value < cutoff * (1 - _TIGHT):
+            if value < cutoff * (1 - ROUNDING):
                 cutoff = value
                 best = Partition(step_seconds=value, cuts=tuple(cuts), assignments=tuple(found))
             gain = cutoff - (self.slowest_weight * low_t + low_y + total * self.sum_weight)
-            if gain <= cutoff * 4 * _TIGHT:
+            if gain <= cutoff * 4 * ROUNDING:
                 continue
             cap_t = min(high_t, low_t + gain / self.slowest_weight) if self.slowest_weight > 0 else high_t
             cap_y = min(high_y, low_y + gain)
@@ -473,4 +474,4 @@ def _split(low: float, high: float) -> float:
     whole."""
     if high - low > _NEAR * high:
         return (low + high) / 2
-    return high * (1 - _TIGHT)
+    return high * (1 - ROUNDING)
