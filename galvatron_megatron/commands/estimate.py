@@ -22,6 +22,7 @@ from galvatron_megatron.describe.model_file import read_model
 from galvatron_megatron.describe.plan_check import check_plan
 from galvatron_megatron.describe.profile_key import shape_digest
 from galvatron_megatron.describe.profile_store import check_directory, list_profiles
+from galvatron_megatron.describe.vocabulary import USUAL_SIZES, UnknownVocabularyError
 from galvatron_megatron.errors import DescriptionError, PlanError
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.report.estimate_report import (
@@ -62,6 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, help="nodes, instead of what the cluster file says")
     parser.add_argument(
         "--seq-length", type=int, help="tokens of a sample, instead of what the model file says"
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        help="entries of the vocabulary, where a command line does not say it",
     )
     parser.add_argument("--memory-gb", type=float, help="usable memory of a device in GiB")
     parser.add_argument("--compare", type=Path, metavar="PLAN", help="a second plan to show beside the first")
@@ -139,7 +145,7 @@ def _what(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Model, Plan,
     words = arguments.what
     if len(words) > 1 or (words and words[0].endswith(".py")):
         line = read_command_line(words)
-        model = model_from_arguments(line.arguments, name=Path(words[0]).stem)
+        model = _described(line.arguments, arguments.vocab_size, Path(words[0]).stem)
         plan = plan_from_command_line(words, model, cluster.world_size)
         return model, plan, options_from_arguments(line.arguments, line.unknown), words[0]
     if not words or arguments.model is None:
@@ -152,6 +158,26 @@ def _what(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Model, Plan,
         overlap_gradients=arguments.overlap_grad_reduce, overlap_parameters=arguments.overlap_param_gather
     )
     return model, plan, options, words[0]
+
+
+def _described(given: Mapping[str, object], vocab_size: int | None, name: str) -> Model:
+    """The model of a command line; its vocabulary is of the usual size where only files elsewhere tell it.
+
+    Raises:
+        DescriptionError: the command line describes no model that can be planned for.
+    """
+    try:
+        return model_from_arguments(given, name=name, vocab_size=vocab_size)
+    except UnknownVocabularyError:
+        # Megatron's own examples for GPT give the files of GPT-2's tokenizer and no kind.
+        kind = given["tokenizer_type"] or ("GPT2BPETokenizer" if given["vocab_file"] else None)
+        if kind not in USUAL_SIZES:
+            raise
+        Console(stderr=True).print(
+            f"galvatron estimate: {kind}: its files are not at hand; {USUAL_SIZES[kind]} entries are assumed "
+            "(--vocab-size says otherwise)"
+        )
+        return model_from_arguments(given, name=name, vocab_size=USUAL_SIZES[kind])
 
 
 def _costs(
@@ -219,8 +245,11 @@ def options_from_arguments(arguments: Mapping[str, object], unknown: Sequence[st
     def has(flag: str) -> bool:
         return flag in unknown or bool(arguments.get(flag.removeprefix("--").replace("-", "_")))
 
+    is_local = arguments.get("transformer_impl") == "local"
     return RunOptions(
-        gradients_in_fp32=bool(arguments.get("bf16")) or has("--accumulate-allreduce-grads-in-fp32"),
+        implementation="local" if is_local else "transformer_engine",
+        gradients_in_fp32=has("--accumulate-allreduce-grads-in-fp32")
+        or (bool(arguments.get("bf16")) and not has("--grad-reduce-in-bf16")),
         overlap_gradients=has("--overlap-grad-reduce"),
         overlap_parameters=has("--overlap-param-gather"),
         overlap_tensor_parallel=has("--tp-comm-overlap"),

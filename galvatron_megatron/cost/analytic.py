@@ -14,7 +14,7 @@ from galvatron_megatron.cost.compute import (
     phase_seconds,
 )
 from galvatron_megatron.cost.counts import embedding_counts, head_counts, layer_counts
-from galvatron_megatron.cost.counts_values import LayerCounts
+from galvatron_megatron.cost.counts_values import EXPERT_GROUPS, Collective, LayerCounts
 from galvatron_megatron.cost.memory import (
     Share,
     optimizer_traffic_bytes,
@@ -275,8 +275,9 @@ class AnalyticCostModel:
             exchanged, hidden = self._exchanges(counts, strategy, wanted)
             issued = work.host + _collectives_issued(counts, wanted) * constants.host_us * MICROSECOND
             busy = work.device
+            dispatch = self._dispatch(counts, strategy, wanted)
             if self.options.overlap_tensor_parallel:
-                exchanged, hidden = 0.0, hidden + exchanged
+                exchanged, hidden = dispatch, hidden + exchanged - dispatch
             communication = exchanged + exposed_seconds(hidden, work.gemm, constants.overlap_slowdown)
             waiting = max(0.0, issued - busy - communication)
             total = busy + communication + waiting
@@ -285,7 +286,12 @@ class AnalyticCostModel:
                 Term(name=f"{name} GEMM", value=work.gemm, source=counts.source),
                 Term(name=f"{name} attention", value=work.attention, source=counts.source),
                 Term(name=f"{name} memory-bound", value=work.memory, source=counts.source),
-                Term(name=f"{name} tensor and context parallel", value=communication, source=counts.source),
+                Term(
+                    name=f"{name} tensor and context parallel",
+                    value=communication - dispatch,
+                    source=counts.source,
+                ),
+                Term(name=f"{name} expert parallel", value=dispatch, source=counts.source),
                 Term(name=f"{name} host issue", value=waiting, source=counts.source),
                 Term(name=f"{name} sharded parameters", value=sharded),
             ]
@@ -368,6 +374,27 @@ class AnalyticCostModel:
         A context-parallel ring sends while attention computes; the gather that only the weight gradient waits
         for runs while the input gradient is computed.
         """
+        exposed = hidden = 0.0
+        for collective in counts.collectives:
+            if collective.phase not in phases:
+                continue
+            seconds = self._collective(collective, strategy)
+            if collective.group == "cp" or collective.phase == "weight_gradient":
+                hidden += seconds
+            else:
+                exposed += seconds
+        return exposed, hidden
+
+    def _dispatch(self, counts: LayerCounts, strategy: Strategy, phases: tuple[str, ...]) -> float:
+        """Seconds in which tokens go to their experts' ranks and back: part of the exposed exchanges."""
+        return sum(
+            self._collective(collective, strategy)
+            for collective in counts.collectives
+            if collective.phase in phases and collective.group in EXPERT_GROUPS
+        )
+
+    def _collective(self, collective: Collective, strategy: Strategy) -> float:
+        """Seconds of all executions of a collective of a layer."""
         shapes = {
             "tp": (strategy.tp, 1),
             "cp": (strategy.cp, strategy.tp),
@@ -375,19 +402,9 @@ class AnalyticCostModel:
             "ep": (strategy.expert_parallel, strategy.expert_shards),
             "etp_ep": (strategy.expert_ranks, 1),
         }
-        exposed = hidden = 0.0
-        for collective in counts.collectives:
-            if collective.phase not in phases:
-                continue
-            ranks, stride = shapes[collective.group]
-            seconds = collective.count * collective_seconds(
-                collective.kind, collective.bytes, ranks, stride, self.cluster
-            )
-            if collective.group == "cp" or collective.phase == "weight_gradient":
-                hidden += seconds
-            else:
-                exposed += seconds
-        return exposed, hidden
+        ranks, stride = shapes[collective.group]
+        seconds = collective_seconds(collective.kind, collective.bytes, ranks, stride, self.cluster)
+        return collective.count * seconds
 
     def _sync_terms(
         self,

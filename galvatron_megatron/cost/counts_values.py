@@ -9,6 +9,7 @@ from galvatron_megatron.errors import DescriptionError
 OPERATOR_KINDS = ("gemm", "attention", "memory")
 COLLECTIVE_KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 GROUPS = ("tp", "cp", "dp", "ep", "etp", "etp_ep", "pp")
+EXPERT_GROUPS = ("ep", "etp", "etp_ep")
 PHASES = ("forward", "recompute", "backward", "input_gradient", "weight_gradient")
 """``recompute`` is forward work repeated in the backward pass; the GEMMs of a weight count as
 ``input_gradient`` and ``weight_gradient``, everything else of the backward pass as ``backward``."""

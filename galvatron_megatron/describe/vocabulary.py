@@ -18,6 +18,14 @@ _TOKENIZERS_OF_GIVEN_SIZE = {
 """Tokenizers whose vocabulary is what ``--vocab-size`` says, and its default; others have one of their own."""
 
 
+USUAL_SIZES = {"GPT2BPETokenizer": 50257, "Llama2Tokenizer": 32000, "Llama3Tokenizer": 128256}
+"""Entries of the vocabulary that a kind of tokenizer was made for; its files may be of another size."""
+
+
+class UnknownVocabularyError(DescriptionError):
+    """Nothing at hand says how large the vocabulary is."""
+
+
 def vocabulary(get: Callable[[str], object], known: int | None) -> tuple[int, int]:
     """Finds the size of a job's vocabulary.
 
@@ -29,8 +37,9 @@ def vocabulary(get: Callable[[str], object], known: int | None) -> tuple[int, in
         Entries before padding, and the divisor that they are padded to (times tp).
 
     Raises:
-        DescriptionError: the divisor or the tensor-parallel size is no integer >= 1, nothing says how large the
-            vocabulary is, or the tokenizer's files cannot be read.
+        DescriptionError: the divisor or the tensor-parallel size is no integer >= 1, or the tokenizer's files
+            cannot be read.
+        UnknownVocabularyError: nothing says how large the vocabulary is.
     """
     divisor = get("make_vocab_size_divisible_by")
     for dest in ("make_vocab_size_divisible_by", "tensor_model_parallel_size"):
@@ -46,7 +55,7 @@ def vocabulary(get: Callable[[str], object], known: int | None) -> tuple[int, in
         # Megatron takes it as it is and pads no more.
         return padded, 1
     if size is None:
-        raise DescriptionError(
+        raise UnknownVocabularyError(
             "model vocab_size: the command line does not say it and the tokenizer's files are not at hand; "
             f"valid: {option('vocab_size')} or {option('padded_vocab_size')}"
         )
