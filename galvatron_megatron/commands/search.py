@@ -29,6 +29,7 @@ from galvatron_megatron.search.engine import Progress as SearchProgress
 from galvatron_megatron.search.engine import search
 from galvatron_megatron.search.explanation import explain
 from galvatron_megatron.search.request import UNIFORM_MARGIN, SearchRequest
+from galvatron_megatron.search.reranking import rerank
 
 HELP = "find the fastest plan for a model on a cluster"
 
@@ -139,6 +140,8 @@ def run(arguments: argparse.Namespace) -> int:
         request = replace(request, allow_cp=False, allow_plain_tp=False, allow_expert_parallel=False)
     with _ProgressBar(quiet=arguments.json) as bar:
         result = search(request, cost_model, progress=bar.show)
+    if isinstance(cost_model, AnalyticCostModel):
+        result = rerank(result, request, cost_model)
     marks = Fingerprints(model=model.fingerprint(), cluster=cluster.fingerprint())
     result = replace(result, plan=replace(result.plan, fingerprints=marks))
     explanation = None

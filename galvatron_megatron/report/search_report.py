@@ -43,6 +43,8 @@ def search_document(
         },
         "cannot_be_trained_here": execution_problem(result.plan),
         "memory_budget_gb": request.memory_bytes / _GIB,
+        "simulated": [{"plan": plan_line(plan), "step_seconds": seconds} for plan, seconds in result.simulated],
+        "searched": None if result.searched is None else plan_to_dict(result.searched[0]),
         "search_seconds": result.search_seconds,
         "gap": result.gap,
         "outer_points": result.outer_points,
@@ -87,6 +89,8 @@ def print_search(
         f"({_proof(result)}; {result.outer_points} outer points, {result.solved_points} solved, "
         f"{result.search_seconds:.2f} s)"
     )
+    if result.simulated:
+        console.print(_simulated(result), highlight=False)
     console.print(_stages(result, request))
     console.print(_beside(result))
     problem = execution_problem(plan)
@@ -105,6 +109,8 @@ def print_search(
 
 def _proof(result: SearchResult) -> str:
     """How sure it is that nothing is faster."""
+    if result.searched is not None:
+        return "chosen by its simulated schedule"
     if result.gap > 0:
         return f"interrupted, at most {result.gap:.2%} off"
     layerwise = result.best_layerwise
@@ -112,6 +118,19 @@ def _proof(result: SearchResult) -> str:
         return "proven fastest of the space"
     gain = _relative_seconds(result, result.plan, result.step_seconds, than=layerwise)
     return f"proven fastest uniform plan, preferred to a layer-wise one only {gain:.2%} faster"
+
+
+def _simulated(result: SearchResult) -> str:
+    """What the simulated schedules say of the chosen plan."""
+    seconds = {_decisions(plan): value for plan, value in result.simulated}
+    own = seconds[_decisions(result.plan)]
+    text = f"schedules of {len(seconds)} plans simulated: {own:.4f} s a step under this one"
+    if result.searched is None:
+        return text
+    other = seconds[_decisions(result.searched[0])]
+    loss = _relative_seconds(result, result.searched[0], other, than=(result.plan, own))
+    line = plan_line(result.searched[0])
+    return f"{text}; the plan that is fastest by the formula, {line}, is {loss:.2%} slower"
 
 
 def _decisions(plan: Plan) -> Plan:

@@ -38,3 +38,7 @@ class SearchResult:
     """Combinations of outer decisions in the space."""
     solved_points: int
     """Those that bounds could not exclude."""
+    simulated: tuple[tuple[Plan, float], ...] = ()
+    """Plans whose schedules were run event by event, with the step seconds that came out."""
+    searched: tuple[Plan, float] | None = None
+    """What the search itself chose, with its step seconds, where a simulated schedule decided otherwise."""
