@@ -5,7 +5,7 @@ that imports them later gets the replacements (megatron-core 0.17 to 0.19; a tes
 installed release):
 
 * ``add_megatron_arguments``: adds our group of flags;
-* ``parse_args``: checks the flags and installs the device;
+* ``parse_args``: reads what the launcher says, checks the flags and installs the device;
 * ``validate_args``: finds the plan and sets Megatron's arguments to it, before Megatron validates them.
 """
 
@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from galvatron_megatron.errors import EXIT_CODE, GalvatronError
+from galvatron_megatron.integration.launcher import accepting_local_rank, adopt_environment
 from galvatron_megatron.integration.options import Options, add_options, check_flag_names
 
 HOOKED = ("add_megatron_arguments", "parse_args", "validate_args")
@@ -87,10 +88,12 @@ def _repair_help(parser: argparse.ArgumentParser) -> None:
 
 def _with_device(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
-    def parse_args(*args: Any, **kwargs: Any) -> Namespace:
+    def parse_args(extra_args_provider: Any = None, *args: Any, **kwargs: Any) -> Namespace:
+        with one_line_errors():
+            adopt_environment()
         with _errors_of_rank_zero_only():
             check_flag_names(sys.argv[1:])
-        parsed = original(*args, **kwargs)
+        parsed = original(accepting_local_rank(extra_args_provider), *args, **kwargs)
         with _errors_of_rank_zero_only():
             options = Options.from_arguments(parsed)
             _prepare_device(options, parsed)

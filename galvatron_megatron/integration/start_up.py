@@ -18,12 +18,13 @@ FLAG_PREFIX = "--galvatron-"
 TARGET = "megatron.training.arguments"
 """The module that holds Megatron's argument parser."""
 
-_LAUNCHERS = frozenset({"torchrun", "deepspeed", "accelerate", "srun", "mpirun"})
+_LAUNCHERS = frozenset({"torchrun", "deepspeed", "deepspeed.pt", "ds", "accelerate", "srun", "mpirun"})
 _LAUNCHER_MODULES = frozenset(
     {
         "torch.distributed.run",
         "torch.distributed.launch",
         "deepspeed.launcher.launch",
+        "deepspeed.launcher.launcher_helper",
         "deepspeed.launcher.runner",
     }
 )
