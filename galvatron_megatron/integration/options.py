@@ -9,6 +9,7 @@ from pathlib import Path
 from galvatron_megatron.describe.profile_store import default_directory
 from galvatron_megatron.errors import GalvatronError, did_you_mean
 from galvatron_megatron.integration.start_up import FLAG_PREFIX
+from galvatron_megatron.plan.document import SUFFIXES, check_target
 
 DEVICES = ("cuda", "cpu")
 
@@ -33,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--galvatron-memory-gb",
         metavar="GB",
-        help="Memory of one device that a plan may use, in GiB. Default: all of it.",
+        help="Memory of one device that a searched plan may use, in GiB. Default: all of it.",
     )
     group.add_argument(
         "--galvatron-profile-dir",
@@ -129,47 +130,56 @@ class Options:
                 f"--galvatron-device: {args.galvatron_device!r} is unknown; "
                 f"{did_you_mean(args.galvatron_device, DEVICES)}"
             )
-        if args.galvatron_auto and args.galvatron_plan:
-            raise GalvatronError("--galvatron-plan and --galvatron-auto: both given; valid: one of them")
         options = Options(
             auto=args.galvatron_auto,
-            plan_file=_path(args.galvatron_plan),
+            plan_file=_path("plan", args.galvatron_plan),
             memory_gb=_memory(args.galvatron_memory_gb),
-            profile_directory=_path(args.galvatron_profile_dir),
+            profile_directory=_path("profile-dir", args.galvatron_profile_dir),
             again=args.galvatron_again,
             uniform=args.galvatron_uniform,
             plan_only=args.galvatron_plan_only,
-            save_plan=_path(args.galvatron_save_plan),
-            report=_path(args.galvatron_report),
+            save_plan=_path("save-plan", args.galvatron_save_plan),
+            report=_path("report", args.galvatron_report),
             device=args.galvatron_device,
             ignore_gpus=args.galvatron_ignore_gpus,
         )
-        if not options.plans:
-            for name in (
-                "plan_only",
-                "save_plan",
-                "memory_gb",
-                "profile_directory",
-                "again",
-                "uniform",
-                "report",
-            ):
-                if getattr(options, name):
-                    flag = {"profile_directory": "profile-dir"}.get(name, name.replace("_", "-"))
-                    raise GalvatronError(
-                        f"{FLAG_PREFIX}{flag}: nothing is planned; valid: with --galvatron-auto"
-                    )
-        for flag, file in (("save-plan", options.save_plan), ("report", options.report)):
-            if file is not None and not file.parent.is_dir():
-                raise GalvatronError(
-                    f"{FLAG_PREFIX}{flag}: directory {file.parent} does not exist; "
-                    "valid: a file in an existing one"
-                )
+        observe = _path("observe", args.galvatron_observe)
+        if options.auto and options.plan_file is not None:
+            raise GalvatronError("--galvatron-plan and --galvatron-auto: both given; valid: one of them")
+        _check_used(args, options)
+        if observe is not None and observe.exists() and not observe.is_dir():
+            raise GalvatronError(
+                f"--galvatron-observe: {observe} is a file; valid: a directory, made if need be"
+            )
+        if options.save_plan is not None:
+            check_target(options.save_plan, "--galvatron-save-plan", GalvatronError, suffixes=SUFFIXES)
+        if options.report is not None:
+            check_target(options.report, "--galvatron-report", GalvatronError)
         return options
 
 
-def _path(text: str | None) -> Path | None:
-    return Path(text).expanduser() if text else None
+_OF_A_SEARCH = ("memory_gb", "again", "uniform")
+_OF_A_PLAN = ("plan_only", "save_plan", "profile_dir", "report", "observe")
+
+
+def _check_used(args: Namespace, options: Options) -> None:
+    """Refuses flags that the job would not look at: what is asked for and not done misleads."""
+    if options.ignore_gpus and options.device != "cpu":
+        raise GalvatronError(
+            "--galvatron-ignore-gpus: the job runs on GPUs; valid: beside --galvatron-device cpu"
+        )
+    unused = () if options.auto else _OF_A_SEARCH if options.plans else (*_OF_A_SEARCH, *_OF_A_PLAN)
+    why = "the plan is given, nothing is searched" if options.plans else "nothing is planned"
+    for name in unused:
+        if getattr(args, f"galvatron_{name}"):
+            raise GalvatronError(f"{FLAG_PREFIX}{name.replace('_', '-')}: {why}; valid: with --galvatron-auto")
+
+
+def _path(flag: str, text: str | None) -> Path | None:
+    if text == "":
+        # An unset variable of a launch script, which must not turn planning off in silence.
+        raise GalvatronError(f"{FLAG_PREFIX}{flag}: is empty; valid: a path, or leave the flag out")
+    return None if text is None else Path(text).expanduser()
 
 
 def _memory(text: str | None) -> float | None:

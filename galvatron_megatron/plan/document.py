@@ -130,6 +130,33 @@ def check_keys(
     return mapping
 
 
+def check_target(
+    path: Path, where: str, error: type[GalvatronError] = PlanError, *, suffixes: Collection[str] = ()
+) -> None:
+    """Refuses a file that ``write_document`` could not write, before work is done for its content.
+
+    Args:
+        path: the file, which need not exist.
+        where: the flag that names it, for the message.
+        error: what to raise.
+        suffixes: what its name must end with; anything where empty.
+
+    Raises:
+        GalvatronError: of the given class; names the flag, the file and what is wrong.
+    """
+    if suffixes and path.suffix not in suffixes:
+        raise error(f"{where} {path}: unknown kind of file; valid: a name that ends with {', '.join(suffixes)}")
+    if not path.parent.is_dir():
+        problem = f"directory {path.parent} does not exist"
+    elif path.is_dir():
+        problem = "is a directory"
+    elif not os.access(path.parent, os.W_OK | os.X_OK):
+        problem = f"directory {path.parent} is not writable"
+    else:
+        return
+    raise error(f"{where} {path}: {problem}; valid: a file in a writable directory")
+
+
 def write_document(text: str, path: Path | str, error: type[GalvatronError] = PlanError) -> None:
     """Writes a text file so that a reader sees the old content or the new, never a part.
 

@@ -48,6 +48,20 @@ def test_flags_are_read(tmp_path):
         (["--galvatron-plan-only"], r"--galvatron-plan-only: nothing is planned; valid: with --galvatron-auto"),
         (["--galvatron-profile-dir", "/p"], r"--galvatron-profile-dir: nothing is planned"),
         (["--galvatron-auto", "--galvatron-report", "/no/where/r.json"], r"directory /no/where does not exist"),
+        (["--galvatron-auto", "--galvatron-report", "/"], r"--galvatron-report /: is a directory"),
+        (
+            ["--galvatron-auto", "--galvatron-save-plan", "plan.txt"],
+            r"plan.txt: unknown kind .*\.yaml",
+        ),
+        (["--galvatron-plan", ""], r"--galvatron-plan: is empty; valid: a path"),
+        (["--galvatron-auto", "--galvatron-plan", ""], r"--galvatron-plan: is empty"),
+        (["--galvatron-auto", "--galvatron-report="], r"--galvatron-report: is empty"),
+        (["--galvatron-plan", "p", "--galvatron-memory-gb", "8"], r"-memory-gb: the plan is given.*-auto"),
+        (["--galvatron-plan", "p", "--galvatron-again"], r"--galvatron-again: the plan is given"),
+        (["--galvatron-plan", "p", "--galvatron-uniform"], r"--galvatron-uniform: the plan is given"),
+        (["--galvatron-auto", "--galvatron-observe", "/dev/null"], r"--galvatron-observe: /dev/null is a file"),
+        (["--galvatron-observe", "/tmp"], r"--galvatron-observe: nothing is planned"),
+        (["--galvatron-auto", "--galvatron-ignore-gpus"], r"ignore-gpus: .*beside --galvatron-device cpu"),
     ],
 )
 def test_bad_values_are_named_in_one_line(words, message):
