@@ -37,6 +37,7 @@ PARAMETERS = {
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
     "llama3-405b": 405_853_388_800,
+    "mixtral-8x7b": 46_702_792_704,
 }
 
 
@@ -50,7 +51,7 @@ def test_shipped_models(name: str) -> None:
     model = read_model(path)
     assert model.name == name
     assert "arXiv" in yaml.safe_load(path.read_text())["source"]
-    if name.startswith("llama"):
+    if name.startswith(("llama", "mixtral")):
         assert model.parameter_count() == PARAMETERS[name]
         return
     assert model.parameter_count() == pytest.approx(PARAMETERS[name], rel=0.02)
