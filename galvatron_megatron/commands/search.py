@@ -2,12 +2,15 @@
 
 import argparse
 import json
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from galvatron_megatron.commands.device_memory import usable_memory_bytes
 from galvatron_megatron.cost.analytic import AnalyticCostModel
 from galvatron_megatron.cost.galvatron_table import GalvatronCostModel
 from galvatron_megatron.cost.options import RunOptions
@@ -15,10 +18,12 @@ from galvatron_megatron.cost.protocol import CostModel
 from galvatron_megatron.describe.cluster import Cluster, read_cluster
 from galvatron_megatron.describe.galvatron_config import write_galvatron_config
 from galvatron_megatron.describe.galvatron_files import read_galvatron_profile
+from galvatron_megatron.describe.model import Model
 from galvatron_megatron.describe.model_file import read_model
-from galvatron_megatron.describe.shipped import find_description
 from galvatron_megatron.errors import SearchError
+from galvatron_megatron.plan.checks import shown
 from galvatron_megatron.plan.constraints import Constraints
+from galvatron_megatron.plan.document import SUFFIXES, check_target
 from galvatron_megatron.plan.plan import Fingerprints
 from galvatron_megatron.plan.runnable import HIGHEST_ZERO
 from galvatron_megatron.plan.serialization import write_plan
@@ -41,6 +46,10 @@ examples:
   galvatron search --model M.yaml --cluster C.yaml --global-batch-size 64 --explain
 """
 
+_MOST_SAMPLES = 2**24
+"""No job is known to train on batches near it; beyond, the sizes of micro-batches are too many to list."""
+_MOST_BATCH_SIZES = 1000
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
@@ -55,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory-gb", type=float, help="memory of a device that a plan may use, in GB of 2**30 bytes"
     )
     what.add_argument(
-        "--global-batch-size", required=True, metavar="B", help="samples a step, or a range FIRST:LAST:STEP"
+        "--global-batch-size", required=True, metavar="B", help="samples a step, or a range FIRST:LAST[:STEP]"
     )
     what.add_argument(
         "--galvatron-profile",
@@ -118,12 +127,11 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         GalvatronError: an input cannot be read, or nothing fits.
     """
-    cluster = read_cluster(find_description("clusters", arguments.cluster), nodes=arguments.nodes)
-    model = read_model(find_description("models", arguments.model), seq_length=arguments.seq_length)
-    memory = cluster.memory_bytes if arguments.memory_gb is None else arguments.memory_gb * 2**30
-    if not 0 < memory < 2**50:
-        raise SearchError(f"--memory-gb: {arguments.memory_gb}; valid: a number of GB above 0")
-    request = _request(arguments, model, cluster, int(memory))
+    _check_targets(arguments)
+    cluster = read_cluster(arguments.cluster, nodes=arguments.nodes)
+    model = read_model(arguments.model, seq_length=arguments.seq_length)
+    _check_decisions(arguments, model)
+    request = _request(arguments, model, cluster, usable_memory_bytes(cluster, arguments.memory_gb))
     console = Console()
     if arguments.show_space:
         print_space(console, Space(request=request))
@@ -161,7 +169,41 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _request(arguments: argparse.Namespace, model, cluster: Cluster, memory: int) -> SearchRequest:
+def _check_targets(arguments: argparse.Namespace) -> None:
+    """Refuses files that could not be written, before the search."""
+    for flag, path, suffixes in (
+        ("--output", arguments.output, SUFFIXES),
+        ("--galvatron-config", arguments.galvatron_config, (".json",)),
+    ):
+        if path is not None:
+            if arguments.show_space:
+                raise SearchError(f"{flag}: --show-space finds no plan to write; valid: one of the two")
+            check_target(path, flag, SearchError, suffixes=suffixes)
+
+
+def _check_decisions(arguments: argparse.Namespace, model: Model) -> None:
+    """Refuses decisions made by hand that a limit of the space or the model contradicts."""
+    for limit, name, allowed in (
+        ("no_ulysses", "sequence_parallel", (None, "none", "megatron")),
+        ("no_context_parallel", "cp", (None, 1)),
+        ("no_expert_parallel", "ep", (None, 1)),
+        ("no_interleaving", "virtual_stages", (None, 1)),
+        ("no_recompute", "recompute", (None, "none")),
+    ):
+        value = getattr(arguments, name)
+        if getattr(arguments, limit) and value not in allowed:
+            flags = [f"--{word.replace('_', '-')}" for word in (name, limit)]
+            raise SearchError(f"{flags[0]} {value}: {flags[1]} forbids it; valid: one of the two")
+    if not any(layer.kind.has_experts for layer in model.layers):
+        for name in ("ep", "etp"):
+            if getattr(arguments, name) not in (None, 1):
+                raise SearchError(
+                    f"--{name} {getattr(arguments, name)}: model {model.name!r} has no experts; "
+                    "valid: leave it out"
+                )
+
+
+def _request(arguments: argparse.Namespace, model: Model, cluster: Cluster, memory: int) -> SearchRequest:
     kind = arguments.sequence_parallel
     constraints = Constraints(
         tp=arguments.tp,
@@ -198,17 +240,20 @@ def _request(arguments: argparse.Namespace, model, cluster: Cluster, memory: int
 
 
 def _batch_sizes(text: str) -> tuple[int, ...]:
-    try:
+    found: Sequence[int] = ()
+    with suppress(ValueError):
         parts = [int(part) for part in text.split(":")]
         if len(parts) == 1:
-            return (parts[0],)
-        first, last, step = (*parts, parts[0])[:3]
-        found = tuple(range(first, last + 1, step))
-    except ValueError:
-        found = ()
-    if not found:
-        raise SearchError(f"--global-batch-size: {text!r}; valid: a number, or FIRST:LAST:STEP")
-    return found
+            found = parts
+        elif len(parts) <= 3:
+            first, last, step = (*parts, parts[0])[:3]
+            found = range(first, last + 1, step)
+    if not found or not 1 <= found[0] <= found[-1] <= _MOST_SAMPLES or len(found) > _MOST_BATCH_SIZES:
+        raise SearchError(
+            f"--global-batch-size: {shown(text)}; valid: a number from 1 to {_MOST_SAMPLES}, or "
+            f"FIRST:LAST:STEP for up to {_MOST_BATCH_SIZES} of them, STEP = FIRST where left out"
+        )
+    return tuple(found)
 
 
 def _alternatives(

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from galvatron_megatron.cli import main
+from galvatron_megatron.commands.search import _batch_sizes
 from galvatron_megatron.plan.serialization import plan_from_dict, read_plan
 
 PROFILE = Path(__file__).parent.parent / "data" / "galvatron_a100_8gpu"
@@ -98,9 +99,29 @@ def test_galvatron_profiles_and_strategy_files(capsys, tmp_path):
         (["--global-batch-size", "x"], "--global-batch-size"),
         (["--pp", "5"], "fixed by hand"),
         (["--galvatron-profile", "/nonexistent"], "no such directory"),
+        (["--global-batch-size", "8:64:8:9"], "'8:64:8:9'; valid: a number from 1"),
+        (["--global-batch-size", "1:100000000000:1"], "--global-batch-size"),
+        (["--global-batch-size", "1:100000:1"], "for up to 1000"),
+        (["--global-batch-size", "99999999999999999999"], "valid: a number from 1 to"),
+        (
+            ["--output", "/nonexistent/plan.yaml"],
+            "--output /nonexistent/plan.yaml: directory /nonexistent does not",
+        ),
+        (["--output", "plan.txt"], "unknown kind of file; valid: a name that ends with .yaml"),
+        (["--galvatron-config", "/"], "--galvatron-config /: unknown kind of file"),
+        (["--show-space", "--output", "plan.yaml"], "--output: --show-space finds no plan"),
+        (["--cp", "2"], "--cp 2: --no-context-parallel forbids it"),
+        (["--no-recompute", "--recompute", "full"], "--recompute full: --no-recompute forbids it"),
+        (["--no-interleaving", "--virtual-stages", "2"], "--virtual-stages 2: --no-interleaving forbids it"),
+        (["--ep", "2"], "--ep 2: model 'gpt3-350m' has no experts"),
     ],
 )
 def test_impossible_requests_end_in_one_line(capsys, words, message):
     assert main([*SMALL, *words]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1
+
+
+def test_a_range_without_a_step_goes_in_steps_of_its_first():
+    assert _batch_sizes("8:32") == (8, 16, 24, 32)
+    assert _batch_sizes("8:32:12") == (8, 20, 32)
