@@ -1,7 +1,7 @@
 """What a launcher says of a rank, turned into what PyTorch and Megatron read.
 
-``torchrun`` says everything. ``deepspeed`` names the ranks of a node differently and adds ``--local_rank`` to the
-script's arguments; ``srun`` and ``mpirun`` have names of their own for all of it and name no meeting point.
+``torchrun`` says everything. ``deepspeed`` names the ranks of a node differently and adds ``--local_rank`` to
+the script's arguments; ``srun`` and ``mpirun`` have names of their own for all of it and name no meeting point.
 
 This module imports the standard library only, and the errors.
 """
@@ -22,7 +22,7 @@ _MPI = (
     ),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
-"""Rank, world size, rank in its node and ranks of its node as Open MPI, and as MPICH and Intel MPI, say them."""
+"""Rank, world size, rank in its node and ranks of its node: Open MPI's names, then MPICH's and Intel MPI's."""
 
 _LOCAL_SIZES = ("LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 """Other names of LOCAL_WORLD_SIZE; the first is DeepSpeed's."""
@@ -32,7 +32,7 @@ _FIRST_PORT, _PORTS = 20000, 12000
 
 
 def adopt_environment(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT from what a launcher says.
+    """Sets the variables that PyTorch reads (RANK, WORLD_SIZE, MASTER_ADDR, ...) from what a launcher says.
 
     What is set already stays; a process that no launcher started stays alone.
 

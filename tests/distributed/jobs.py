@@ -108,6 +108,33 @@ def torchrun(world_size: int, words: list[str], *, timeout_seconds: float = 170.
     return Job(codes=[done.returncode], outputs=[done.stdout])
 
 
+def deepspeed(words: list[str], *launcher_words: list[str], timeout_seconds: float = 170.0) -> Job:
+    """Starts a job with the deepspeed launcher.
+
+    Args:
+        words: script and its arguments.
+        launcher_words: the launcher's own, once per node that it is started on.
+        timeout_seconds: for all of it.
+    """
+    port = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    launchers = [
+        subprocess.Popen(
+            [sys.executable, str(Path(sys.executable).with_name("deepspeed")), *own, *port, *words],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for own in launcher_words
+    ]
+    try:
+        outputs = [launcher.communicate(timeout=timeout_seconds)[0] for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.terminate()
+    return Job(codes=[launcher.returncode for launcher in launchers], outputs=outputs)
+
+
 def hand_words(report: Path) -> list[str]:
     """Megatron's arguments for the plan of a job's report, as a user would type them."""
     from galvatron_megatron.plan.megatron_arguments import command_line

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from jobs import SIZES, SMALL, hand_words, run_ranks, torchrun
+from jobs import SIZES, SMALL, deepspeed, hand_words, run_ranks, torchrun
 
 from galvatron_megatron.errors import EXIT_CODE
 from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
@@ -74,6 +74,23 @@ def test_a_kept_plan_is_used_again_and_damage_costs_nothing_but_time(planned):
     new = json.loads(plan_file.read_text())["decision"]["plan"]
     # What was measured anew differs, and may lead to another plan for the same model.
     assert new["fingerprints"]["model"] == plan["fingerprints"]["model"]
+
+
+def test_the_deepspeed_launcher_gives_the_same_plan_and_losses(planned, tmp_path):
+    _, words, job, report, saved = planned
+    again = tmp_path / "report.json"
+    own = deepspeed([str(SMALL), *SIZES, *words, "--galvatron-report", str(again)], ["--num_gpus", "2"])
+    assert own.codes == [0], own.text[-3000:]
+    # The same kind of job: it finds the plan that the one under torchrun made.
+    assert "galvatron: plan (kept in" in own.text and own.errors == []
+    assert json.loads(again.read_text())["plan"] == json.loads(report.read_text())["plan"]
+    assert own.losses == pytest.approx(job.losses, abs=1e-5)
+    hosts = tmp_path / "hosts"
+    hosts.write_text("first slots=1\nsecond slots=1\n")
+    nodes = [["--hostfile", str(hosts), "--no_ssh", "--node_rank", str(node)] for node in range(2)]
+    two = deepspeed([str(SMALL), *SIZES, "--galvatron-plan", str(saved)], *nodes)
+    assert two.codes == [0, 0] and two.errors == [], two.text[-3000:]
+    assert two.losses == pytest.approx(job.losses, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from jobs import SIZES, hand_words, run_ranks, torchrun
+from jobs import SIZES, deepspeed, hand_words, run_ranks, torchrun
 
 CHECKOUT = os.environ.get("GALVATRON_MEGATRON_LM")
 
@@ -42,3 +42,14 @@ def test_losses_equal_those_of_the_chosen_arguments_given_by_hand(script, world_
     assert by_hand.codes == [0] * world_size, by_hand.text[-3000:]
     assert list(job.losses) == list(range(1, 11))
     assert job.losses == pytest.approx(by_hand.losses, abs=1e-5)
+
+
+def test_the_deepspeed_launcher_starts_them_too(tmp_path):
+    path = str(Path(CHECKOUT) / "pretrain_gpt.py")
+    words = [*SIZES, "--micro-batch-size", "2", "--galvatron-auto", "--galvatron-uniform"]
+    words += ["--galvatron-profile-dir", str(tmp_path)]
+    job = torchrun(2, [path, *words])
+    assert job.codes == [0], job.text[-3000:]
+    own = deepspeed([path, *words], ["--num_gpus", "2"])
+    assert own.codes == [0] and "galvatron: plan (kept in" in own.text, own.text[-3000:]
+    assert own.losses == pytest.approx(job.losses, abs=1e-5)

@@ -71,7 +71,7 @@ def test_mpirun():
         "OMPI_COMM_WORLD_LOCAL_RANK": "1",
         "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
     }
-    with pytest.raises(GalvatronError, match="MASTER_ADDR: not set for 4 ranks.*-x MASTER_ADDR"):
+    with pytest.raises(GalvatronError, match=r"MASTER_ADDR: not set for 4 ranks.*-x MASTER_ADDR"):
         adopt_environment(dict(environment))
     there = environment | {"MASTER_ADDR": "node0"}
     adopt_environment(there)
