@@ -30,7 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     parser.add_argument("table", type=Path, metavar="RUNS", help="CSV file of measured runs")
-    parser.add_argument("--cluster", type=Path, required=True, help="cluster file the runs were made on")
+    parser.add_argument(
+        "--cluster",
+        type=Path,
+        required=True,
+        help="cluster file, or a shipped name, that the runs were made on",
+    )
     parser.add_argument("--output", type=Path, help="write the cluster with the fitted constants here")
     parser.add_argument("--all-rows", action="store_true", help="fit on every row, not on a third of them")
     parser.add_argument(

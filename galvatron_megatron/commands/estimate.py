@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from galvatron_megatron.commands.device_memory import usable_memory_bytes
 from galvatron_megatron.commands.plan_file import read_plan_file
 from galvatron_megatron.cost.analytic import AnalyticCostModel, CountSource
 from galvatron_megatron.cost.estimate import Estimate, TermCostModel, estimate_plan, simulate_estimate
@@ -24,6 +25,8 @@ from galvatron_megatron.describe.profile_key import shape_digest
 from galvatron_megatron.describe.profile_store import check_directory, list_profiles
 from galvatron_megatron.describe.vocabulary import USUAL_SIZES, UnknownVocabularyError
 from galvatron_megatron.errors import DescriptionError, PlanError
+from galvatron_megatron.plan.checks import shown
+from galvatron_megatron.plan.document import SUFFIXES, check_target
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.report.estimate_report import (
     compare_document,
@@ -37,11 +40,10 @@ HELP = "predict step time and memory of one plan or Megatron command line"
 
 EPILOG = """\
 examples:
-  galvatron estimate plan.yaml --model configs/models/llama2-7b.yaml \\
-      --cluster configs/clusters/a100-80g.yaml --nodes 2
+  galvatron estimate plan.yaml --model llama2-7b --cluster a100-80g --nodes 2
   galvatron estimate plan.yaml --compare other.yaml --model M.yaml --cluster C.yaml
       the two side by side, the largest difference first
-  galvatron estimate --cluster configs/clusters/h100.yaml -- pretrain_gpt.py --num-layers 32 ...
+  galvatron estimate --cluster h100 -- pretrain_gpt.py --num-layers 32 ...
       a Megatron command line as it stands
   galvatron estimate plan.yaml --model M.yaml --cluster C.yaml --trace out.json
       the simulated schedule, to open in ui.perfetto.dev
@@ -58,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PLAN | -- SCRIPT ARGS",
         help="plan file (.yaml or .json), or a Megatron command line behind --",
     )
-    parser.add_argument("--model", type=Path, help="model file, or a Hugging Face config.json")
-    parser.add_argument("--cluster", type=Path, required=True, help="cluster file")
+    parser.add_argument("--model", type=Path, help="model file, Hugging Face config.json, or a shipped name")
+    parser.add_argument("--cluster", type=Path, required=True, help="cluster file, or a shipped name")
     parser.add_argument("--nodes", type=int, help="nodes, instead of what the cluster file says")
     parser.add_argument(
         "--seq-length", type=int, help="tokens of a sample, instead of what the model file says"
@@ -75,7 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--schedule",
         choices=[kind.value for kind in ScheduleKind],
-        default=ScheduleKind.ONE_F_ONE_B.value,
         help="order of passes to simulate (default: 1f1b)",
     )
     parser.add_argument("--overlap-grad-reduce", action="store_true", help="as Megatron's flag of this name")
@@ -102,7 +103,11 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         GalvatronError: an input cannot be read or does not fit the others.
     """
+    _check_used(arguments)
+    if arguments.trace is not None:
+        check_target(arguments.trace, "--trace", DescriptionError)
     cluster = read_cluster(arguments.cluster, nodes=arguments.nodes)
+    memory_bytes = usable_memory_bytes(cluster, arguments.memory_gb)
     model, plan, options, name = _what(arguments, cluster)
     costs = _costs(arguments, model, cluster, plan, options)
     estimate = _estimate(plan, costs)
@@ -121,19 +126,51 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             print_comparison(console, document)
         return 0
-    simulation = simulate_estimate(estimate, plan.micro_batches, ScheduleKind(arguments.schedule))
+    schedule = ScheduleKind.ONE_F_ONE_B if arguments.schedule is None else ScheduleKind(arguments.schedule)
+    simulation = simulate_estimate(estimate, plan.micro_batches, schedule)
     if arguments.trace is not None:
         write_chrome_trace(simulation, arguments.trace)
-    memory = cluster.memory_bytes if arguments.memory_gb is None else int(arguments.memory_gb * 2**30)
     if arguments.json:
         document = estimate_document(estimate, cluster, simulation)
-        document["fits"] = estimate.peak_bytes <= memory
+        document["fits"] = estimate.peak_bytes <= memory_bytes
         print(json.dumps(document, indent=2))
         return 0
-    print_estimate(console, f"{name} on {_place(cluster, plan)}", estimate, cluster, memory, simulation)
+    print_estimate(console, f"{name} on {_place(cluster, plan)}", estimate, cluster, memory_bytes, simulation)
     if arguments.trace is not None:
         console.print(f"schedule written to {arguments.trace}")
     return 0
+
+
+def _is_command_line(words: Sequence[str]) -> bool:
+    """Whether a script and its arguments were given instead of a plan file."""
+    return len(words) > 1 or (bool(words) and words[0].endswith(".py"))
+
+
+def _check_used(arguments: argparse.Namespace) -> None:
+    """Refuses what this estimate would not look at: what is asked for and not done misleads.
+
+    Raises:
+        DescriptionError: names the flag and what it does not go with.
+    """
+    words = arguments.what
+    if len(words) > 1 and Path(words[0]).suffix in SUFFIXES:
+        raise DescriptionError(
+            f"{shown(' '.join(words[1:]))}: too much behind {words[0]}; valid: --compare for a second plan"
+        )
+    unused: list[tuple[str, str]] = []
+    if _is_command_line(words):
+        names = ("model", "seq_length", "overlap_grad_reduce", "overlap_param_gather")
+        unused += [(name, "a Megatron command line, which says it itself") for name in names]
+    else:
+        unused.append(("vocab_size", "a model file, which says it itself"))
+    if arguments.compare is not None:
+        unused += [(name, "--compare, which shows no schedule") for name in ("trace", "schedule")]
+        unused.append(("memory_gb", "--compare, which holds memory against no limit"))
+    if arguments.profile_dir is not None:
+        unused.append(("traced", "--profile-dir, which has measured it"))
+    for name, why in unused:
+        if getattr(arguments, name) not in (None, False):
+            raise DescriptionError(f"--{name.replace('_', '-')}: unused beside {why}; valid: one of the two")
 
 
 def _place(cluster: Cluster, plan: Plan) -> str:
@@ -143,7 +180,7 @@ def _place(cluster: Cluster, plan: Plan) -> str:
 def _what(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Model, Plan, RunOptions, str]:
     """Model, plan, options and a name, from files or from a Megatron command line."""
     words = arguments.what
-    if len(words) > 1 or (words and words[0].endswith(".py")):
+    if _is_command_line(words):
         line = read_command_line(words)
         model = _described(line.arguments, arguments.vocab_size, Path(words[0]).stem)
         plan = plan_from_command_line(words, model, cluster.world_size)

@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("tables", nargs="*", type=Path, metavar="TABLE", help="CSV files of measured runs")
     parser.add_argument(
-        "--cluster", type=Path, help="cluster file to predict with, instead of the shipped test beds"
+        "--cluster",
+        type=Path,
+        help="cluster file, or a shipped name, to predict with, instead of the shipped test beds",
     )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON")

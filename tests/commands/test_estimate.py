@@ -113,7 +113,20 @@ def test_overlap_flags_reach_the_model(tmp_path: Path, capsys: pytest.CaptureFix
         (["PLAN", "--model", str(MODEL), "--cluster", str(CLUSTER)], "--nodes 2"),
         (["PLAN", "--model", str(CONFIGS / "models" / "llama2-13b.yaml"), *FILES[2:]], "layers"),
         (["--cluster", str(CLUSTER), "--", *f"{LINE} --tensor-model-parallel-size 3".split()], "tp 3"),
-        (["PLAN", *FILES, "--trace", "/none/trace.json"], "cannot be written"),
+        (["PLAN", *FILES, "--trace", "/none/trace.json"], "--trace /none/trace.json: directory /none does not"),
+        (["PLAN", *FILES, "--memory-gb", "nan"], "--memory-gb: nan; valid: a number of GB above 0"),
+        (["PLAN", *FILES, "--memory-gb", "inf"], "--memory-gb: inf"),
+        (["PLAN", *FILES, "--memory-gb", "-5"], "--memory-gb: -5.0"),
+        (["PLAN", "PLAN", *FILES], "valid: --compare for a second plan"),
+        (["PLAN", *FILES, "--compare", "PLAN", "--trace", "t.json"], "--trace: unused beside --compare"),
+        (["PLAN", *FILES, "--compare", "PLAN", "--schedule", "1f1b"], "--schedule: unused beside --compare"),
+        (["PLAN", *FILES, "--vocab-size", "7"], "--vocab-size: unused beside a model file"),
+        ([*FILES, "--", *LINE.split()], "--model: unused beside a Megatron command line"),
+        ([*FILES[2:], "--seq-length", "7", "--", *LINE.split()], "--seq-length: unused beside"),
+        (
+            [*FILES[2:], "--traced", "--profile-dir", "/", "--", *LINE.split()],
+            "--traced: unused beside --profile",
+        ),
     ],
 )
 def test_bad_requests(
