@@ -5,9 +5,12 @@ Only the module of the command that was asked for is imported, so that every com
 """
 
 import argparse
+import errno
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 
 from galvatron_megatron import __version__
@@ -23,11 +26,23 @@ COMMANDS = {
 }
 
 
+_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""Errors of a disk, never of the program."""
+
+
 class _OneLineParser(argparse.ArgumentParser):
     """Reports a usage error in one line."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
         self.exit(EXIT_CODE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _nearest_flag(parser: argparse.ArgumentParser, words: Sequence[str]) -> str:
+    """What may have been meant by the first unknown flag, or ""."""
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    unknown = next((word.split("=", 1)[0] for word in words if word.startswith("--")), "")
+    near = get_close_matches(unknown, flags, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = import_module(f"galvatron_megatron.commands.{name}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        asked = commands.choices.get(chosen, parser)
+        asked.error(f"unrecognized arguments: {shlex.join(unknown)}{_nearest_flag(asked, unknown)}")
     if arguments.command is None:
         parser.print_help()
         return 0
@@ -69,6 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Who reads has seen enough (``galvatron ... | head``); nothing may be written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in _OUT_OF_SPACE:
+            raise
+        print(f"galvatron {arguments.command}: output cannot be written ({error.strerror})", file=sys.stderr)
+        # What is still in the buffer would fail again at exit, with a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CODE
     except GalvatronError as error:
         print(f"galvatron {arguments.command}: {error}", file=sys.stderr)
         return EXIT_CODE
