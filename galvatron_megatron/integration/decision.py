@@ -53,10 +53,12 @@ class Decision:
             GalvatronError: the document is something else.
         """
         try:
+            plan = plan_from_dict(document["plan"], where)
+            seconds = document["step_seconds"]
             return Decision(
-                plan=plan_from_dict(document["plan"], where),
-                step_seconds=document["step_seconds"],
-                memory_bytes=tuple(document["memory_bytes"]),
+                plan=plan,
+                step_seconds=None if seconds is None else float(seconds),
+                memory_bytes=tuple(map(int, document["memory_bytes"])),
                 profile_seconds=float(document["profile_seconds"]),
                 search_seconds=float(document["search_seconds"]),
                 runners_up=tuple((str(name), float(seconds)) for name, seconds in document["runners_up"]),

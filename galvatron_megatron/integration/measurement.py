@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from galvatron_megatron.describe.profile_store import write_atomically
+from galvatron_megatron.errors import GalvatronError
 from galvatron_megatron.integration.channel import Channel
 from galvatron_megatron.integration.decision import Decision
 from galvatron_megatron.integration.presentation import measured_lines
@@ -60,7 +61,7 @@ class Measurement:
         self._clock = clock
         self._ends: list[float] = []
         self._first: int | None = None
-        self._losses: dict[int, dict[str, torch.Tensor]] = {}
+        self._losses: dict[int, dict[str, float]] = {}
         self._shown = False
 
     def install(self, training: ModuleType) -> None:
@@ -88,14 +89,15 @@ class Measurement:
         """
         if self._shown and self._report is None:
             return
-        if self._report is not None:
-            self._losses[iteration] = {name: value.detach().clone() for name, value in losses.items()}
         if self._first is None:
             self._first = iteration
         count = iteration - self._first + 1
         due = count == REPORT_ITERATIONS or iteration == self._last
         torch.cuda.synchronize()
         self._ends.append(self._clock())
+        if self._report is not None and losses:
+            # As numbers at once: a tensor each iteration would fill the device of a long job.
+            self._losses[iteration] = {name: _mean(value) for name, value in losses.items()}
         if due:
             self._show(iteration)
 
@@ -110,11 +112,7 @@ class Measurement:
         mine = {
             "step_seconds": self.step_seconds(),
             "peak_bytes": torch.cuda.max_memory_allocated(),
-            "losses": [
-                [number, {name: _mean(value) for name, value in found.items()}]
-                for number, found in sorted(self._losses.items())
-                if found
-            ],
+            "losses": [[number, found] for number, found in sorted(self._losses.items())],
         }
         first, self._shown = not self._shown, True
         everyone = self._channel.collect(f"measured/{iteration}", mine)
@@ -126,7 +124,11 @@ class Measurement:
         if first:
             print("\n".join(measured_lines(self._decision, figures)), file=sys.stdout, flush=True)
         if self._report is not None:
-            write_atomically(self._report, json.dumps(figures, indent=1) + "\n")
+            try:
+                write_atomically(self._report, json.dumps(figures, indent=1) + "\n")
+            except GalvatronError as error:
+                # The training is worth more than its report.
+                print(f"galvatron: report {error}; training goes on", file=sys.stderr, flush=True)
 
     def _together(self, iteration: int, everyone: list[dict[str, Any]]) -> dict[str, Any]:
         plan = self._decision.plan

@@ -44,6 +44,8 @@ def test_round_trip(tmp_path):
         lambda text: text.replace('"format": 1', '"format": 0'),
         lambda text: text.replace('"micro_batches": 4', '"micro_batches": "many"'),
         lambda text: text.replace('"step_seconds"', '"step"'),
+        lambda text: text.replace('"step_seconds": 0.25', '"step_seconds": "fast"'),
+        lambda text: text.replace("123", '"much"'),
     ],
 )
 def test_a_damaged_file_is_set_aside_whole(tmp_path, damage):

@@ -64,3 +64,15 @@ def test_the_report_has_every_loss(tmp_path):
     assert found["measured_step_seconds"] == 0.5
     assert found["losses"] == [[step, {"lm loss": 100.0 - step}] for step in range(1, REPORT_ITERATIONS + 4)]
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_training_goes_on_where_the_report_cannot_be_written(capsys, tmp_path):
+    folder = tmp_path / "gone"
+    measurement = run(REPORT_ITERATIONS + 3, report=folder / "report.json")
+    error = capsys.readouterr().err.splitlines()
+    # Once after ten iterations, once at the end.
+    assert len(error) == 2 and all(line.endswith("; training goes on") for line in error)
+    assert str(folder / "report.json") in error[0]
+    kept = [loss for found in measurement._losses.values() for loss in found.values()]
+    assert {type(loss) for loss in kept} == {float}
+    assert len(kept) == REPORT_ITERATIONS + 3
