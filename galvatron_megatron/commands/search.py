@@ -27,8 +27,9 @@ from galvatron_megatron.plan.document import SUFFIXES, check_target
 from galvatron_megatron.plan.plan import Fingerprints
 from galvatron_megatron.plan.runnable import HIGHEST_ZERO
 from galvatron_megatron.plan.serialization import write_plan
-from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
+from galvatron_megatron.plan.strategy import Offload, Recompute, SequenceParallel
 from galvatron_megatron.report.search_report import print_search, print_space, search_document
+from galvatron_megatron.report.terminal import terminal
 from galvatron_megatron.search.decision_tree import Space
 from galvatron_megatron.search.engine import Progress as SearchProgress
 from galvatron_megatron.search.engine import search
@@ -86,6 +87,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits.add_argument("--no-expert-parallel", action="store_true", help="no expert parallelism")
     limits.add_argument("--no-interleaving", action="store_true", help="one virtual stage per rank")
     limits.add_argument("--no-recompute", action="store_true", help="no recomputation")
+    limits.add_argument(
+        "--offload",
+        choices=[Offload.OPTIMIZER.value, Offload.PARAMETERS.value],
+        help="states may lie in host memory: those of the optimizer, or (ZeRO 3) the parameters' as well; for "
+        "galvatron export --deepspeed, jobs under --galvatron-plan keep everything on the device",
+    )
     limits.add_argument("--tp-across-nodes", action="store_true", help="tp groups may span nodes")
     fixed = parser.add_argument_group("decisions made by hand")
     for name in ("pp", "tp", "cp", "zero", "virtual-stages", "micro-batch-size"):
@@ -132,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = read_model(arguments.model, seq_length=arguments.seq_length)
     _check_decisions(arguments, model)
     request = _request(arguments, model, cluster, usable_memory_bytes(cluster, arguments.memory_gb))
-    console = Console()
+    console = terminal()
     if arguments.show_space:
         print_space(console, Space(request=request))
         return 0
@@ -165,7 +172,11 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print_search(console, result, request, explanation)
         if arguments.output is not None:
-            console.print(f"plan written to {arguments.output}")
+            console.print(
+                f"plan written to {arguments.output}; to train under it: --galvatron-plan {arguments.output}",
+                highlight=False,
+                soft_wrap=True,
+            )
     return 0
 
 
@@ -231,12 +242,25 @@ def _request(arguments: argparse.Namespace, model: Model, cluster: Cluster, memo
         allow_ulysses=not arguments.no_ulysses,
         allow_cp=not arguments.no_context_parallel,
         allow_expert_parallel=not arguments.no_expert_parallel,
+        offloads=_offloads(arguments),
         allow_interleaving=not arguments.no_interleaving,
         tp_across_nodes=arguments.tp_across_nodes,
         recompute_kinds=(Recompute.NONE,) if arguments.no_recompute else tuple(Recompute),
         uniform_margin=arguments.uniform_margin,
         runners_up=arguments.runners_up,
     )
+
+
+def _offloads(arguments: argparse.Namespace) -> tuple[Offload, ...]:
+    if arguments.offload is None:
+        return (Offload.NONE,)
+    if arguments.galvatron_profile is not None:
+        raise SearchError(
+            "--offload: Hetu-Galvatron's profiles hold no price of it; valid: one of the two flags"
+        )
+    if arguments.offload == Offload.PARAMETERS and arguments.max_zero < 3 and arguments.zero is None:
+        raise SearchError(f"--offload parameters: needs ZeRO 3, --max-zero is {arguments.max_zero}; valid: 3")
+    return tuple(Offload) if arguments.offload == Offload.PARAMETERS else (Offload.NONE, Offload.OPTIMIZER)
 
 
 def _batch_sizes(text: str) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """The analytic cost model: prices layers from counts, a device's constants and the links of a cluster."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Protocol
@@ -22,6 +22,13 @@ from galvatron_megatron.cost.memory import (
     parameter_shares,
     state_bytes,
 )
+from galvatron_megatron.cost.offload import (
+    HostTraffic,
+    host_traffic,
+    kept_on_device,
+    link_seconds,
+    update_seconds,
+)
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.overlap import exposed_seconds
 from galvatron_megatron.cost.protocol import LayerCost, Setting
@@ -29,7 +36,7 @@ from galvatron_megatron.cost.resharding import reshard_transfer
 from galvatron_megatron.cost.terms import PricedLayer, Term
 from galvatron_megatron.describe.cluster import GB, MICROSECOND, Cluster
 from galvatron_megatron.describe.model import Layer, Model
-from galvatron_megatron.plan.strategy import SequenceParallel, Strategy
+from galvatron_megatron.plan.strategy import Offload, SequenceParallel, Strategy
 
 _layer_counts = lru_cache(maxsize=16384)(layer_counts)
 """Counts do not depend on the cluster or its constants, so that calibration counts every layer once."""
@@ -273,6 +280,7 @@ class AnalyticCostModel:
         for name, wanted in (("forward", FORWARD_PHASES), ("backward", BACKWARD_PHASES)):
             work = phase_seconds(counts.operators, wanted, cluster.device, constants, precision)
             exchanged, hidden = self._exchanges(counts, strategy, wanted)
+        traffic = host_traffic(shares, strategy, element)
             issued = work.host + _collectives_issued(counts, wanted) * constants.host_us * MICROSECOND
             busy = work.device
             dispatch = self._dispatch(counts, strategy, wanted)
@@ -306,9 +314,12 @@ class AnalyticCostModel:
                 )
             )
         state, *of_experts = (state_bytes(s.parameters, strategy.zero, s.sharding, element) for s in shares)
-        state = sum(of_experts, state)
+        state = kept_on_device(sum(of_experts, state), strategy)
         state_terms = (
             Term(name="weights", value=state.weights),
+        for name, moved in self._offload_seconds(traffic, micro_batches).items():
+            terms.append(Term(name=f"{name} offloading", value=moved))
+            phases[name] += moved
             Term(name="gradients", value=state.gradients),
             Term(name="optimizer states", value=state.optimizer),
         )
@@ -379,6 +390,16 @@ class AnalyticCostModel:
             if collective.phase not in phases:
                 continue
             seconds = self._collective(collective, strategy)
+    def _offload_seconds(self, traffic: HostTraffic, micro_batches: int) -> dict[str, float]:
+        """What the link to the host adds to the phases of every micro-batch: DeepSpeed waits for its copies."""
+        added = (micro_batches - 1) / micro_batches * traffic.accumulated_per_micro_batch
+        return {
+            "forward": link_seconds(traffic.fetched_per_pass, self.cluster),
+            "backward": link_seconds(
+                traffic.fetched_per_pass + traffic.stored_per_micro_batch + added, self.cluster
+            ),
+        }
+
             if collective.group == "cp" or collective.phase == "weight_gradient":
                 hidden += seconds
             else:
@@ -409,7 +430,7 @@ class AnalyticCostModel:
     def _sync_terms(
         self,
         counts: LayerCounts,
-        shares: Iterable[Share],
+        shares: Collection[Share],
         strategy: Strategy,
         micro_batches: int,
         gather: float,
@@ -441,7 +462,16 @@ class AnalyticCostModel:
                     value=collective_seconds("all_reduce", size, strategy.tp, 1, cluster),
                 )
             )
-        if options.optimizer_in_step:
+        if options.optimizer_in_step and strategy.offload is not Offload.NONE:
+            moved = host_traffic(shares, strategy, self._element)
+            terms += [
+                Term(
+                    name="offloading gradients and weights",
+                    value=link_seconds(moved.stored_per_step + moved.returned_per_step, cluster),
+                ),
+                Term(name="optimizer on the host", value=update_seconds(moved.updated_per_step, cluster)),
+            ]
+        elif options.optimizer_in_step:
             traffic = sum(
                 optimizer_traffic_bytes(s.parameters, strategy.zero, s.sharding, self._element) for s in shares
             )

@@ -16,7 +16,7 @@ from galvatron_megatron.describe.model import Model
 from galvatron_megatron.describe.profile import EMBEDDING, HEAD, Profile
 from galvatron_megatron.describe.profile_key import layer_digest
 from galvatron_megatron.errors import DescriptionError
-from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
+from galvatron_megatron.plan.strategy import Offload, Recompute, SequenceParallel, Strategy
 
 UNAVAILABLE_BYTES = 2**49
 """Transient bytes of a setting that cannot run or was not measured: more than any device has, so that no plan
@@ -169,7 +169,7 @@ class MeasuredCostModel:
             return NOT_MEASURED
         if strategy != strategy.without_experts:
             return NOT_MEASURED
-        if strategy.zero not in self._steps:
+        if strategy.zero not in self._steps or strategy.offload is not Offload.NONE:
             return NOT_MEASURED
         return self._parts.lookup(part, strategy.tp, kind, recompute, samples)
 

@@ -112,6 +112,23 @@ class Constants:
     """
 
     gemm_efficiency: float = 0.75
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Host:
+    """A node's own memory as ONE of its devices meets it while all of them use it; offloading needs it."""
+
+    gb_per_second: float
+    """Bandwidth of the link between a device and its host (PCIe) in one direction, in 1e9 bytes per second."""
+    memory_gb_per_second: float
+    """Bandwidth of the host's memory, divided by the devices of the node, in 1e9 bytes per second."""
+    efficiency: float = 0.8
+    """Fraction of the link's bandwidth that copies from and to page-locked memory reach."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "cluster host")
+        if self.efficiency > 1:
+            raise DescriptionError(f"cluster host.efficiency: {self.efficiency}; valid: a number > 0 and <= 1")
+
+
     """Fraction of the matrix peak that a GEMM which fills the device reaches."""
     attention_efficiency: float = 0.5
     """Fraction of the matrix peak that fused (flash) attention reaches."""
@@ -187,6 +204,8 @@ class Cluster:
     @property
     def memory_bytes(self) -> int:
         """Usable memory of one device, in bytes."""
+    host: Host | None = None
+    """None where nothing is known of the hosts: nothing can be offloaded."""
         return self.device.memory_bytes
 
     def with_nodes(self, nodes: int) -> "Cluster":
@@ -238,6 +257,14 @@ def _build(kind: type, content: object, where: str) -> object:
             values[key] = _build(part, values[key], f"{where}: {key}")
     if isinstance(values.get("group_efficiency"), dict):
         sizes = values["group_efficiency"].items()
+        if self.host is None:
+            # A cluster of which nothing more is said keeps the fingerprint that it had.
+            del content["host"]
+        if not self.layer_factors:
+            del content["layer_factors"]
+        for link in ("intra_node", "inter_node"):
+            if content[link]["spreads_groups"]:
+                del content[link]["spreads_groups"]
         values["group_efficiency"] = tuple(
             sorted(sizes, key=lambda size: size[0] if type(size[0]) is int else 0)
         )
@@ -247,6 +274,7 @@ def _build(kind: type, content: object, where: str) -> object:
         )
     if "sources" in values:
         if not isinstance(values["sources"], list):
+    "host": Host,
             raise DescriptionError(f"{where}: sources is not a list; valid: a list of lines")
         values["sources"] = tuple(str(line) for line in values["sources"])
     try:
@@ -291,3 +319,5 @@ def cluster_document(cluster: Cluster) -> str:
     content["device"]["gemm_efficiencies"] = [list(entry) for entry in content["device"]["gemm_efficiencies"]]
     content["sources"] = list(content["sources"])
     return yaml.safe_dump(content, sort_keys=False, width=110)
+    if cluster.host is None:
+        del content["host"]

@@ -12,7 +12,7 @@ from galvatron_megatron.errors import DescriptionError, PlanError, did_you_mean
 from galvatron_megatron.plan.document import write_document
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
-from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
+from galvatron_megatron.plan.strategy import Offload, Recompute, SequenceParallel, Strategy
 
 _VOCABULARY_SHARDED = ("embed_sdp", "vocab_sdp")
 
@@ -112,6 +112,8 @@ def galvatron_config(plan: Plan) -> dict[str, object]:
         raise PlanError("plan.virtual_stages: Hetu-Galvatron has no interleaving; valid: 1")
     every = [*(layer.strategy for layer in plan.layers), plan.base]
     for strategy in every:
+        if strategy.offload is not Offload.NONE:
+            raise PlanError("plan offload: Hetu-Galvatron keeps everything on the device; valid: none")
         if strategy.recompute is Recompute.SELECTIVE:
             raise PlanError("plan recompute: Hetu-Galvatron has no selective recomputation; valid: none, full")
         if strategy.tp > 1 and strategy.sequence_parallel is SequenceParallel.NONE:

@@ -11,7 +11,7 @@ from typing import Protocol
 from galvatron_megatron.errors import PlanError
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import Plan
-from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
+from galvatron_megatron.plan.strategy import Offload, Recompute, SequenceParallel, Strategy
 
 _GPT_KINDS = frozenset({LayerKind.BLOCK, LayerKind.MOE_BLOCK})
 _HYBRID_SYMBOLS = {
@@ -117,6 +117,7 @@ def runs_on_stock_megatron(plan: Plan) -> bool:
     plain_base = _without_recompute(plan.base)
     return (
         plan.base.zero <= 1
+        and plan.base.offload is Offload.NONE
         and all(_without_recompute(layer.strategy) == plain_base for layer in plan.layers)
         and len(plan.expert_degrees) <= 1
         and _recompute_arguments(plan) is not None
@@ -137,6 +138,7 @@ def _without_recompute(strategy: Strategy) -> Strategy:
         cp=strategy.cp,
         dp=strategy.dp,
         zero=strategy.zero,
+        offload=strategy.offload,
     )
 
 
@@ -165,6 +167,11 @@ def _check_expressible(plan: Plan, sharding_by_runtime: bool) -> None:
                 raise PlanError(
                     f"{where}: zero {strategy.zero} has no Megatron argument; valid: zero 0 or 1, "
                     "or train with --galvatron-plan FILE, where the runtime shards"
+                )
+            if strategy.offload is not Offload.NONE:
+                raise PlanError(
+                    f"{where}: offload {strategy.offload.value} has no Megatron argument; valid: offload none, "
+                    "or galvatron export --deepspeed FILE for DeepSpeed's own engine"
                 )
     if base.sequence_parallel is SequenceParallel.ULYSSES and base.cp > 1:
         raise PlanError(

@@ -148,5 +148,6 @@ class Plan:
             return False
         only = self.strategies[0]
         return only.layout == self.base.layout and (
-            (only.sequence_parallel, only.zero) == (self.base.sequence_parallel, self.base.zero)
+            (only.sequence_parallel, only.zero, only.offload)
+            == (self.base.sequence_parallel, self.base.zero, self.base.offload)
         )

@@ -3,7 +3,7 @@
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
 from galvatron_megatron.plan.plan import Plan
-from galvatron_megatron.plan.strategy import SequenceParallel, Strategy
+from galvatron_megatron.plan.strategy import Offload, SequenceParallel, Strategy
 
 RUNNABLE_KINDS = (LayerKind.BLOCK, LayerKind.ATTENTION, LayerKind.MLP)
 """Kinds of layer that may differ in strategy."""
@@ -44,6 +44,8 @@ def execution_problem(plan: Plan) -> str | None:
 
 
 def _strategy_problem(where: str, strategy: Strategy) -> str | None:
+    if strategy.offload is not Offload.NONE:
+        return f"{where}.offload: {strategy.offload.value}; valid: none (galvatron export --deepspeed keeps it)"
     if strategy.zero > HIGHEST_ZERO:
         return f"{where}.zero: {strategy.zero}; valid: 0, 1"
     if strategy.cp > 1:

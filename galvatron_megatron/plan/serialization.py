@@ -28,12 +28,17 @@ from galvatron_megatron.plan.checks import MOST_LAYERS, shown
 from galvatron_megatron.plan.document import check_keys, read_document, write_document
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import SCHEMA_VERSION, Fingerprints, LayerPlan, Plan, StagePlan
-from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
+from galvatron_megatron.plan.strategy import Offload, Recompute, SequenceParallel, Strategy
 
 _STRATEGY_FIELDS = tuple(entry.name for entry in fields(Strategy))
-_STRATEGY_KINDS: dict[str, type[StrEnum]] = {"sequence_parallel": SequenceParallel, "recompute": Recompute}
-_SELDOM = {"expert_parallel": 1, "expert_tensor_parallel": None}
-"""Fields that are written only where they differ from their default: most models have no experts."""
+_STRATEGY_KINDS: dict[str, type[StrEnum]] = {
+    "sequence_parallel": SequenceParallel,
+    "recompute": Recompute,
+    "offload": Offload,
+}
+_SELDOM = {"expert_parallel": 1, "expert_tensor_parallel": None, "offload": Offload.NONE}
+"""Fields that are written only where they differ from their default: most models have no experts, and most
+plans need no host memory."""
 _FINGERPRINT_FIELDS = tuple(entry.name for entry in fields(Fingerprints))
 _REQUIRED = ("schema_version", "pp", "micro_batch_size", "micro_batches", "base", "stages")
 _OPTIONAL = ("virtual_stages", "fingerprints")

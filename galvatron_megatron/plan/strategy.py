@@ -29,6 +29,22 @@ class Recompute(StrEnum):
     """The whole layer; only its input is kept."""
 
 
+class Offload(StrEnum):
+    """What of a layer's sharded states lies in host memory between uses (DeepSpeed's ZeRO-Offload)."""
+
+    NONE = "none"
+    OPTIMIZER = "optimizer"
+    """Optimizer states and the gradient shards they work on: the host updates the weights
+    (arXiv 2101.06840)."""
+    PARAMETERS = "parameters"
+    """Weight shards as well; they are fetched for every pass (arXiv 2104.07857, on host memory)."""
+
+
+_KINDS = (("sequence_parallel", SequenceParallel), ("recompute", Recompute), ("offload", Offload))
+LEAST_ZERO = {Offload.NONE: 0, Offload.OPTIMIZER: 1, Offload.PARAMETERS: 3}
+"""ZeRO stages at which DeepSpeed's classes move these states."""
+
+
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Strategy:
     """How ONE layer runs on the N = tp * cp * dp ranks of its pipeline stage.
@@ -52,13 +68,15 @@ class Strategy:
     expert_tensor_parallel: int | None = None
     """In how many parts each expert's weights are split (``--expert-tensor-parallel-size``); None, to which a
     given ``weight_shards`` is turned: as those of the rest of the layer."""
+    offload: Offload = Offload.NONE
+    """What lies in host memory; anything but ``none`` needs ZeRO, ``parameters`` needs ZeRO 3."""
 
     def __post_init__(self) -> None:
         for name in ("tp", "cp", "dp", "expert_parallel"):
             require_count(getattr(self, name), f"strategy.{name}")
         if type(self.zero) is not int or self.zero not in (0, 1, 2, 3):
             raise PlanError(f"strategy.zero: {shown(self.zero)} is not a ZeRO stage; valid: 0, 1, 2, 3")
-        for name, kind in (("sequence_parallel", SequenceParallel), ("recompute", Recompute)):
+        for name, kind in _KINDS:
             value = getattr(self, name)
             if not isinstance(value, kind):
                 valid = ", ".join(member.value for member in kind)
@@ -67,7 +85,12 @@ class Strategy:
             raise PlanError(
                 f"strategy.sequence_parallel: {self.sequence_parallel.value!r} needs tp > 1; valid: none"
             )
-
+        least = LEAST_ZERO[self.offload]
+        if self.zero < least:
+            raise PlanError(
+                f"strategy.offload: {self.offload.value!r} needs zero {least} or higher, which shards what is "
+                "moved; valid: none"
+            )
         self._check_experts()
 
     def _check_experts(self) -> None:
@@ -144,6 +167,8 @@ class Strategy:
             parts.append(f"etp{self.expert_tensor_parallel}")
         if self.zero:
             parts.append(f"zero{self.zero}")
+        if self.offload is not Offload.NONE:
+            parts.append(f"offload-{self.offload.value}")
         if self.recompute is not Recompute.NONE:
             parts.append(f"recompute-{self.recompute.value}")
         return " ".join(parts)

@@ -15,7 +15,7 @@ from itertools import product
 from galvatron_megatron.cost.protocol import Setting
 from galvatron_megatron.describe.model import Experts, Layer, Model
 from galvatron_megatron.errors import SearchError
-from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
+from galvatron_megatron.plan.strategy import LEAST_ZERO, Offload, Recompute, SequenceParallel, Strategy
 from galvatron_megatron.search.request import SearchRequest
 
 RULES = {
@@ -51,6 +51,8 @@ RULES = {
     "etp_fixed": "expert tensor parallelism is fixed by hand",
     "zero_replicas": "ZeRO needs several ranks that hold the same weights",
     "zero_allowed": "the ZeRO stage is above max_zero or another one is fixed by hand",
+    "offload_allowed": "states stay on the device unless offloading is asked for",
+    "offload_zero": "the host keeps what ZeRO shards: optimizer states need stage 1, weights stage 3",
     "recompute_allowed": "this recomputation is switched off or another one is fixed by hand",
     "recompute_attention": "selective recomputation computes attention again: the layer needs attention",
     "recompute_fused": "fused attention keeps no score matrix, so selective recomputation would save nothing",
@@ -245,15 +247,36 @@ class Space:
         by_hand = fixed.tp is not None or fixed.cp is not None
         return length % chunks == 0 and (by_hand or length // parts >= self.request.min_tokens_per_rank)
 
+    def _zero_allowed(self, zero: int) -> bool:
+        fixed = self.request.constraints.zero
+        return zero <= self.request.max_zero if fixed is None else zero == fixed
+
     def _zero_stages(self, replicas: int) -> Iterator[int]:
         fixed = self.request.constraints.zero
         for zero in range(4):
-            if (fixed is not None and zero != fixed) or (fixed is None and zero > self.request.max_zero):
+            if not self._zero_allowed(zero):
                 self.cuts["zero_allowed"] += 1
             elif zero and replicas == 1 and fixed is None:
                 self.cuts["zero_replicas"] += 1
             else:
                 yield zero
+
+    def _shardings(self, replicas: int) -> Iterator[tuple[int, Offload]]:
+        """ZeRO stages with what each may keep on the host.
+
+        A rank that shards with nobody still needs DeepSpeed's classes to offload: the lowest stage will do.
+        """
+        offloads = self.request.offloads
+        self.cuts["offload_allowed"] += sum(kind not in offloads for kind in Offload)
+        for zero in self._zero_stages(replicas):
+            for offload in offloads:
+                least = LEAST_ZERO[offload]
+                if zero >= least:
+                    yield zero, offload
+                elif replicas == 1 and zero == 0 and self._zero_allowed(least):
+                    yield least, offload
+                else:
+                    self.cuts["offload_zero"] += 1
 
     def recompute_kinds(self, layer: Layer, forced: bool | None = None) -> tuple[Recompute, ...]:
         """Recomputations of a layer.
@@ -302,12 +325,18 @@ class Space:
                 continue
             replicas = ranks if kind is SequenceParallel.ULYSSES else cp * dp
             shards = 1 if kind is SequenceParallel.ULYSSES else tp
-            for zero, experts in product(
-                self._zero_stages(replicas), self._expert_degrees(layer.experts, shards, ranks)
+            for (zero, offload), experts in product(
+                self._shardings(replicas), self._expert_degrees(layer.experts, shards, ranks)
             ):
                 for recompute in kinds:
                     plain = Strategy(
-                        tp=tp, sequence_parallel=kind, cp=cp, dp=dp, zero=zero, recompute=recompute
+                        tp=tp,
+                        sequence_parallel=kind,
+                        cp=cp,
+                        dp=dp,
+                        zero=zero,
+                        recompute=recompute,
+                        offload=offload,
                     )
                     yield plain if layer.experts is None else replace(plain, **experts)
 
@@ -356,8 +385,10 @@ class Space:
                 if rules:
                     self.cuts[min(rules)] += 1
                     continue
-                for zero in self._zero_stages(cp * dp):
-                    found.append(Strategy(tp=tp, sequence_parallel=kind, cp=cp, dp=dp, zero=zero))
+                for zero, offload in self._shardings(cp * dp):
+                    found.append(
+                        Strategy(tp=tp, sequence_parallel=kind, cp=cp, dp=dp, zero=zero, offload=offload)
+                    )
             self._bases[ranks] = tuple(found)
         return self._bases[ranks]
 

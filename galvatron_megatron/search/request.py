@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from galvatron_megatron.describe.model import Model
 from galvatron_megatron.errors import SearchError
 from galvatron_megatron.plan.constraints import Constraints
-from galvatron_megatron.plan.strategy import Recompute
+from galvatron_megatron.plan.strategy import Offload, Recompute
 
 ALL_RECOMPUTE = (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)
 
@@ -42,6 +42,8 @@ class SearchRequest:
     allow_cp: bool = True
     allow_expert_parallel: bool = True
     """Experts may be shared out over ranks."""
+    offloads: tuple[Offload, ...] = (Offload.NONE,)
+    """What may be kept in host memory; priced only where the cluster describes its hosts."""
     allow_interleaving: bool = True
     max_virtual_stages: int = 8
     tp_across_nodes: bool = False
@@ -77,6 +79,8 @@ class SearchRequest:
             raise SearchError(
                 f"search recompute_kinds: {self.recompute_kinds!r}; valid: some of {ALL_RECOMPUTE}"
             )
+        if not self.offloads or not all(isinstance(kind, Offload) for kind in self.offloads):
+            raise SearchError(f"search offloads: {self.offloads!r}; valid: some of {tuple(Offload)}")
         if not 0 <= self.uniform_margin < 1:
             raise SearchError(f"search uniform_margin: {self.uniform_margin!r}; valid: 0 <= fraction < 1")
         for name in ("min_tokens_per_rank", "runners_up"):

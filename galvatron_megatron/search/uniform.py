@@ -52,6 +52,7 @@ def uniform_points(branch: Branch) -> Iterator[UniformPoint]:
                     dp=base.dp,
                     zero=base.zero,
                     recompute=kind,
+                    offload=base.offload,
                 )
                 if key in with_experts:
                     if base.ranks % (expert_parallel * (expert_shards or base.weight_shards)):

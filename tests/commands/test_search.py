@@ -125,3 +125,18 @@ def test_impossible_requests_end_in_one_line(capsys, words, message):
 def test_a_range_without_a_step_goes_in_steps_of_its_first():
     assert _batch_sizes("8:32") == (8, 16, 24, 32)
     assert _batch_sizes("8:32:12") == (8, 20, 32)
+
+
+def test_a_model_too_large_for_the_devices_fits_with_host_memory(capsys, tmp_path):
+    words = ["search", "--model", "llama2-7b", "--cluster", "h100", "--global-batch-size", "16", "--json"]
+    words += ["--memory-gb", "12", "--seq-length", "2048", "--uniform", "--pp", "1", "--tp", "1"]
+    assert main(words) == 2
+    assert "nothing fits" in capsys.readouterr().err
+    assert main([*words, "--offload", "parameters", "--output", str(tmp_path / "plan.yaml")]) == 0
+    plan = read_plan(tmp_path / "plan.yaml")
+    assert {layer.strategy.offload.value for layer in plan.layers} & {"optimizer", "parameters"}
+    capsys.readouterr()
+    assert main([*words, "--offload", "parameters", "--max-zero", "1"]) == 2
+    assert "--offload parameters: needs ZeRO 3" in capsys.readouterr().err
+    assert main([*words, "--cluster", "l4", "--offload", "optimizer"]) == 2
+    assert "cluster l4: no host" in capsys.readouterr().err

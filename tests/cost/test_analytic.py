@@ -10,7 +10,7 @@ from galvatron_megatron.cost.analytic import AnalyticCostModel
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.describe.model import Experts, Layer
 from galvatron_megatron.plan.layer_kind import LayerKind
-from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
+from galvatron_megatron.plan.strategy import Offload, Recompute, SequenceParallel, Strategy
 from tests.cost.machines import cluster, costs, model, setting
 
 STRATEGIES = [
@@ -24,6 +24,8 @@ STRATEGIES = [
     Strategy(tp=2, cp=2, dp=2, sequence_parallel=SequenceParallel.MEGATRON),
     Strategy(dp=8, recompute=Recompute.SELECTIVE),
     Strategy(dp=8, recompute=Recompute.FULL),
+    Strategy(dp=8, zero=1, offload=Offload.OPTIMIZER),
+    Strategy(dp=8, zero=3, offload=Offload.PARAMETERS),
 ]
 
 

@@ -160,3 +160,17 @@ def test_measured_group_efficiency_wins() -> None:
     link = Link(gb_per_second=100, latency_us=1, efficiency=0.5, group_efficiency=((2, 0.25),))
     assert link.bandwidth(2) == 25e9
     assert link.bandwidth(8) == 50e9
+
+
+def test_hosts_are_optional_and_change_the_fingerprint_only_where_given(tmp_path: Path) -> None:
+    cluster = read_cluster("a100-80g")
+    bare = replace(cluster, host=None)
+    assert bare.fingerprint() != cluster.fingerprint()
+    path = tmp_path / "bare.yaml"
+    path.write_text(cluster_document(bare))
+    assert read_cluster(path) == bare and "host:" not in path.read_text()
+    path.write_text(cluster_document(cluster))
+    assert read_cluster(path) == cluster
+    path.write_text(cluster_document(cluster).replace("memory_gb_per_second: 51.2", "memory_gb_per_second: 0"))
+    with pytest.raises(DescriptionError, match=r"host\.memory_gb_per_second: 0; valid: a number > 0"):
+        read_cluster(path)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import Fingerprints, LayerPlan, Plan, StagePlan
-from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
+from galvatron_megatron.plan.strategy import Offload, Recompute, SequenceParallel, Strategy
 
 
 def layers(*strategies: Strategy, kind: LayerKind = LayerKind.BLOCK) -> StagePlan:
@@ -34,13 +34,20 @@ def strategies_for(
     dp = draw(st.sampled_from([d for d in divisors(ranks) if samples is None or samples % d == 0]))
     tp = draw(st.sampled_from(divisors(ranks // dp)))
     kinds = list(SequenceParallel) if tp > 1 else [SequenceParallel.NONE]
+    zero = draw(st.integers(0, 3))
+    offloads = [
+        Offload.NONE,
+        *([Offload.OPTIMIZER] if zero else []),
+        *([Offload.PARAMETERS] if zero == 3 else []),
+    ]
     return Strategy(
         tp=tp,
         sequence_parallel=draw(st.sampled_from(kinds)),
         cp=ranks // dp // tp,
         dp=dp,
-        zero=draw(st.integers(0, 3)),
+        zero=zero,
         recompute=Recompute.NONE if samples is None else draw(st.sampled_from(list(Recompute))),
+        offload=draw(st.sampled_from(offloads)),
     )
 
 

@@ -5,7 +5,7 @@ import pytest
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.runnable import execution_problem
-from galvatron_megatron.plan.strategy import SequenceParallel, Strategy
+from galvatron_megatron.plan.strategy import Offload, SequenceParallel, Strategy
 
 PLAIN = Strategy(tp=2, dp=4)
 
@@ -34,6 +34,14 @@ def test_what_can_be_executed(plan):
     [
         (_plan(PLAIN, replace(PLAIN, zero=2)), "plan layer 1.zero: 2; valid: 0, 1"),
         (_plan(replace(PLAIN, zero=3), base=replace(PLAIN, zero=3)), "plan.base.zero: 3; valid: 0, 1"),
+        (
+            _plan(PLAIN, replace(PLAIN, zero=1, offload=Offload.OPTIMIZER)),
+            "plan layer 1.offload: optimizer; valid: none (galvatron export --deepspeed keeps it)",
+        ),
+        (
+            _plan(replace(PLAIN, zero=1), base=replace(PLAIN, zero=1, offload=Offload.OPTIMIZER)),
+            "plan.base.offload: optimizer; valid: none (galvatron export --deepspeed keeps it)",
+        ),
         (_plan(PLAIN, Strategy(tp=2, cp=2, dp=2)), "plan layer 1.cp: 2; valid where layers differ: 1"),
         (
             _plan(Strategy(dp=8), base=Strategy(tp=2, sequence_parallel=SequenceParallel.ULYSSES, dp=4)),

@@ -1,7 +1,7 @@
 import pytest
 
 from galvatron_megatron.errors import PlanError
-from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
+from galvatron_megatron.plan.strategy import Offload, Recompute, SequenceParallel, Strategy
 
 
 def test_ranks_and_replicas() -> None:
@@ -42,6 +42,9 @@ def test_equal_layouts_are_what_needs_no_resharding() -> None:
         ({"expert_tensor_parallel": 1.0, "tp": 2}, "strategy.expert_tensor_parallel: 1.0; valid"),
         ({"tp": 2, "dp": 3, "expert_parallel": 2}, "strategy.expert_parallel: 2 x expert tensor parallelism 2"),
         ({"recompute": "full"}, "strategy.recompute: 'full' is unknown; valid: none, selective, full"),
+        ({"offload": "cpu"}, "strategy.offload: 'cpu' is unknown; valid: none, optimizer, parameters"),
+        ({"offload": Offload.OPTIMIZER}, "strategy.offload: 'optimizer' needs zero 1 or higher"),
+        ({"offload": Offload.PARAMETERS, "zero": 2}, "strategy.offload: 'parameters' needs zero 3 or higher"),
         ({"sequence_parallel": SequenceParallel.ULYSSES}, "strategy.sequence_parallel: 'ulysses' needs tp > 1"),
     ],
 )
@@ -57,4 +60,5 @@ def test_text() -> None:
     )
     assert str(strategy) == "tp2+megatron cp2 dp4 zero1 recompute-full"
     assert str(Strategy()) == "tp1 dp1"
+    assert str(Strategy(dp=2, zero=3, offload=Offload.PARAMETERS)) == "tp1 dp2 zero3 offload-parameters"
     assert str(Strategy(tp=2, dp=4, expert_parallel=4, expert_tensor_parallel=1)) == "tp2 dp4 ep4 etp1"

@@ -9,7 +9,7 @@ from galvatron_megatron.describe.model import Attention, Experts, Layer
 from galvatron_megatron.errors import SearchError
 from galvatron_megatron.plan.constraints import Constraints
 from galvatron_megatron.plan.layer_kind import LayerKind
-from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
+from galvatron_megatron.plan.strategy import Offload, Recompute, SequenceParallel
 from galvatron_megatron.search.decision_tree import RULES, Space, divisors, tp_rule
 from galvatron_megatron.search.request import SearchRequest
 
@@ -44,6 +44,30 @@ def test_tp_stays_in_a_node_unless_asked():
     space, found = strategies(request())
     assert max(s.tp for s in found) == 6 and space.cuts["tp_node"] > 0
     assert max(s.tp for s in strategies(request(tp_across_nodes=True))[1]) == 12
+
+
+def test_offloading_only_where_asked_and_only_of_what_zero_shards():
+    space, found = strategies(request())
+    assert {s.offload for s in found} == {Offload.NONE} and space.cuts["offload_allowed"] > 0
+    asked, more = strategies(request(offloads=tuple(Offload)))
+    assert {s for s in more if s.offload is Offload.NONE} == set(found) and len(set(more)) == len(more)
+    assert {(s.zero, s.offload.value) for s in more if s.state_replicas > 1} == {
+        *((zero, "none") for zero in range(4)),
+        *((zero, "optimizer") for zero in (1, 2, 3)),
+        (3, "parameters"),
+    }
+    assert asked.cuts["offload_zero"] > 0
+    # One rank that holds all of its weights has nobody to shard with, but may offload.
+    alone = request(offloads=tuple(Offload), world_size=6, constraints=Constraints(tp=6))
+    assert {(s.zero, s.offload.value) for s in strategies(alone)[1] if s.state_replicas == 1} == {
+        (0, "none"),
+        (1, "optimizer"),
+        (3, "parameters"),
+    }
+    bases = {base for outer in asked.outers() for base in asked.bases(outer)}
+    assert {base.offload for base in bases} == set(Offload)
+    with pytest.raises(SearchError, match=r"offloads: \(\)"):
+        request(offloads=())
 
 
 def test_micro_batches_and_samples_divide_exactly():
