@@ -5,14 +5,15 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from galvatron_megatron.cost.calibration import calibrate
+from galvatron_megatron.cost.layer_factors import LEAST_RUNS
 from galvatron_megatron.cost.records.tables import fitting_rows, read_table
 from galvatron_megatron.describe.cluster import cluster_document, read_cluster
 from galvatron_megatron.errors import DescriptionError
 from galvatron_megatron.plan.document import write_document
+from galvatron_megatron.report.terminal import terminal
 
 HELP = "fit a device's constants to measured runs"
 
@@ -41,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folds", type=int, default=3, help="parts of the cross-validation (default: %(default)s)"
     )
+    parser.add_argument(
+        "--constants-only",
+        action="store_true",
+        help="do not learn, beside the constants, what layers took that at least three runs share",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -60,7 +66,14 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = fitting_rows(table.runs)
     runs = [run for run in table.runs if arguments.all_rows or run.row in chosen]
     others = [run for run in table.runs if run not in runs]
-    fit = calibrate(cluster, runs, table.path.name, held_out=others, folds=arguments.folds)
+    fit = calibrate(
+        cluster,
+        runs,
+        table.path.name,
+        held_out=others,
+        folds=arguments.folds,
+        layer_factors=not arguments.constants_only,
+    )
     if arguments.output is not None:
         write_document(cluster_document(fit.cluster), arguments.output, DescriptionError)
     changes = _changes(asdict(cluster), asdict(fit.cluster))
@@ -70,11 +83,12 @@ def run(arguments: argparse.Namespace) -> int:
             "fitted_error": fit.fitted_error,
             "cross_validated_error": fit.cross_error,
             "folds": fit.folds,
+            "layer_factors": [list(entry) for entry in fit.cluster.layer_factors],
             "constants": {name: {"before": before, "after": after} for name, before, after in changes},
         }
         print(json.dumps(document, indent=2))
         return 0
-    console = Console()
+    console = terminal()
     shown = Table(title=f"{cluster.name}, fitted on {fit.cluster.calibration.runs} runs", title_justify="left")
     shown.add_column("constant")
     shown.add_column("before", justify="right")
@@ -82,6 +96,12 @@ def run(arguments: argparse.Namespace) -> int:
     for name, before, after in changes:
         shown.add_row(name, f"{before:.4g}", f"{after:.4g}")
     console.print(shown)
+    if fit.cluster.layer_factors:
+        factors = [entry[3] for entry in fit.cluster.layer_factors]
+        console.print(
+            f"{len(factors)} layers or heads that at least {LEAST_RUNS} runs share took {min(factors):.2f} to "
+            f"{max(factors):.2f} times what the constants say"
+        )
     if fit.folds:
         console.print(
             f"mean error {fit.fitted_error:.1%} on the runs fitted, {fit.cross_error:.1%} in "

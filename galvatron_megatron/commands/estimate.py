@@ -34,6 +34,7 @@ from galvatron_megatron.report.estimate_report import (
     print_comparison,
     print_estimate,
 )
+from galvatron_megatron.report.terminal import terminal
 from galvatron_megatron.report.trace import write_chrome_trace
 
 HELP = "predict step time and memory of one plan or Megatron command line"
@@ -111,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
     model, plan, options, name = _what(arguments, cluster)
     costs = _costs(arguments, model, cluster, plan, options)
     estimate = _estimate(plan, costs)
-    console = Console()
+    console = terminal()
     if arguments.compare is not None:
         other = _checked(
             read_plan_file(arguments.compare, cluster.world_size), model, cluster, str(arguments.compare)

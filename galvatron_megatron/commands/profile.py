@@ -11,8 +11,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from galvatron_megatron.describe.host import gpus, processor_name, software_versions
 from galvatron_megatron.describe.megatron_flags_of import flags_of
 from galvatron_megatron.describe.model_file import read_model
@@ -29,6 +27,7 @@ from galvatron_megatron.describe.profile_store import (
 )
 from galvatron_megatron.errors import GalvatronError, did_you_mean
 from galvatron_megatron.report.profile_report import plot_profile, print_list, print_profile
+from galvatron_megatron.report.terminal import terminal
 
 HELP = "measure the cluster and the model on the ranks at hand, or manage stored profiles"
 
@@ -120,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print(json.dumps([profile.fingerprint() for profile in found]))
         else:
-            print_list(found, _console())
+            print_list(found, terminal())
         return 0
     if action == "show":
         return _show(_stored(directory, words[0] if words else None), arguments)
@@ -145,11 +144,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _console() -> Console:
-    """The terminal, or a page wide enough for the tables where the output is none."""
-    return Console() if sys.stdout.isatty() else Console(width=140)
-
-
 def _stored(directory: Path, fingerprint: str | None) -> Profile:
     found = list_profiles(directory)
     if not found:
@@ -170,7 +164,7 @@ def _show(profile: Profile, arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(to_json(profile), end="")
     else:
-        print_profile(profile, _console())
+        print_profile(profile, terminal())
     return 0
 
 

@@ -5,11 +5,10 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
-from rich.console import Console
-
 from galvatron_megatron.cost.records.tables import read_table
 from galvatron_megatron.cost.validation import Predictor, validate_table
 from galvatron_megatron.describe.cluster import read_cluster
+from galvatron_megatron.report.terminal import terminal
 from galvatron_megatron.report.validation_report import accuracy_page, print_reports, report_document
 
 HELP = "hold the cost model against measured runs"
@@ -75,5 +74,5 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.markdown:
         print(accuracy_page(reports), end="")
     else:
-        print_reports(Console(), reports)
+        print_reports(terminal(), reports)
     return 0

@@ -27,6 +27,7 @@ from galvatron_megatron.integration.decision import Decision, DecisionStore
 from galvatron_megatron.integration.options import Options
 from galvatron_megatron.plan.constraints import Constraints
 from galvatron_megatron.plan.layer_kind import LayerKind
+from galvatron_megatron.plan.line import plan_line
 from galvatron_megatron.plan.megatron_arguments import megatron_arguments, runs_on_stock_megatron
 from galvatron_megatron.plan.plan import Fingerprints, Plan
 from galvatron_megatron.plan.runnable import HIGHEST_ZERO
@@ -348,7 +349,7 @@ class JobPlanner:
             memory_bytes=tuple(result.memory_bytes),
             profile_seconds=profile_seconds,
             search_seconds=search_seconds,
-            runners_up=tuple((in_words(plan), seconds) for plan, seconds in result.runners_up),
+            runners_up=tuple((plan_line(plan), seconds) for plan, seconds in result.runners_up),
             source="searched",
             notes=notes,
         )
@@ -366,16 +367,3 @@ class JobPlanner:
         except (AssertionError, ValueError, RuntimeError, UnsupportedPlanError) as error:
             return str(error).strip() or type(error).__name__
         return ""
-
-
-def in_words(plan: Plan) -> str:
-    """A plan in one line."""
-    parts = [f"pp{plan.pp}"]
-    if plan.virtual_stages > 1:
-        parts.append(f"x{plan.virtual_stages} chunks")
-    strategies = plan.strategies
-    parts.append(
-        str(strategies[0]) if len(strategies) == 1 else f"{len(strategies)} strategies over {plan.base}"
-    )
-    parts.append(f"micro-batch {plan.micro_batch_size} x {plan.micro_batches}")
-    return " ".join(parts)

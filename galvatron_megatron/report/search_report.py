@@ -1,12 +1,12 @@
 """Shows the answer of a search: the plan, what stands beside it, and why."""
 
-from collections import Counter
 from dataclasses import replace
 from itertools import groupby
 
 from rich.console import Console
 from rich.table import Table
 
+from galvatron_megatron.plan.line import plan_line
 from galvatron_megatron.plan.plan import Fingerprints, Plan
 from galvatron_megatron.plan.runnable import execution_problem
 from galvatron_megatron.plan.serialization import plan_to_dict
@@ -16,16 +16,6 @@ from galvatron_megatron.search.request import SearchRequest
 from galvatron_megatron.search.result import SearchResult
 
 _GIB = 2**30
-
-
-def plan_line(plan: Plan) -> str:
-    """A plan in one line: outer decisions, then how many layers run under each strategy."""
-    head = f"pp{plan.pp}"
-    if plan.virtual_stages > 1:
-        head += f" x{plan.virtual_stages}"
-    counts = Counter(layer.strategy for layer in plan.layers)
-    layers = ", ".join(f"{count} x ({strategy})" for strategy, count in counts.items())
-    return f"{head} mbs{plan.micro_batch_size} m{plan.micro_batches} base ({plan.base}): {layers}"
 
 
 def search_document(
@@ -83,28 +73,32 @@ def print_search(
 ) -> None:
     """Prints the answer."""
     plan = result.plan
-    console.print(f"[bold]{plan_line(plan)}[/bold]", highlight=False, markup=True)
+    console.print(plan_line(plan), style="bold", highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"predicted {result.step_seconds:.4f} s a step, {result.samples_per_second:.2f} samples/s "
         f"({_proof(result)}; {result.outer_points} outer points, {result.solved_points} solved, "
-        f"{result.search_seconds:.2f} s)"
+        f"{result.search_seconds:.2f} s)",
+        soft_wrap=True,
     )
     if result.simulated:
-        console.print(_simulated(result), highlight=False)
+        console.print(_simulated(result), highlight=False, soft_wrap=True)
     console.print(_stages(result, request))
     console.print(_beside(result))
     problem = execution_problem(plan)
     if problem is not None:
         console.print(
-            f"note: jobs cannot be trained under this plan here: {problem}", highlight=False, markup=False
+            f"note: jobs cannot be trained under this plan here: {problem}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
     if explanation is not None:
-        console.print(f"binding: {explanation.binding}", highlight=False)
+        console.print(f"binding: {explanation.binding}", highlight=False, soft_wrap=True)
         for answer in explanation.what_if:
             found = (
                 "no plan" if answer.plan is None else f"{answer.gain:+.1%} throughput: {plan_line(answer.plan)}"
             )
-            console.print(f"with {answer.change}: {found}", highlight=False, markup=False)
+            console.print(f"with {answer.change}: {found}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _proof(result: SearchResult) -> str:
@@ -147,7 +141,7 @@ def _relative_seconds(
 
 
 def _stages(result: SearchResult, request: SearchRequest) -> Table:
-    table = Table(title=f"pipeline ranks, budget {request.memory_bytes / _GIB:.2f} GB")
+    table = Table(title=f"pipeline ranks, budget {request.memory_bytes / _GIB:.2f} GB", title_justify="left")
     for name in ("rank", "layers", "GB", "ms a micro-batch", "strategies in order"):
         table.add_column(name, justify="left" if name.startswith("strategies") else "right")
     plan = result.plan
@@ -170,7 +164,7 @@ def _stages(result: SearchResult, request: SearchRequest) -> Table:
 
 def _beside(result: SearchResult) -> Table:
     """The best uniform and the best layer-wise plan and the competitors, each plan once."""
-    table = Table(title="beside it")
+    table = Table(title="beside it", title_justify="left")
     for name in ("", "kind", "s a step", "slower by", "plan"):
         table.add_column(name, justify="right" if name.startswith("s") else "left")
     rows = []
