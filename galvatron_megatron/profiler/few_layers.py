@@ -245,6 +245,7 @@ def parallel_state_of(tp: int, arguments: Namespace) -> Iterator[None]:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         expert_model_parallel_size=getattr(arguments, "expert_model_parallel_size", 1) or 1,
+        expert_tensor_parallel_size=getattr(arguments, "expert_tensor_parallel_size", None),
         create_gloo_process_groups=False,
     )
     try:

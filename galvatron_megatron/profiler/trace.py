@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from galvatron_megatron.cost.counts import layer_counts
 from galvatron_megatron.cost.counts_values import LayerCounts
 from galvatron_megatron.describe.megatron_args import model_from_arguments, parse_command_line
 from galvatron_megatron.describe.model import Layer, Model
@@ -21,13 +22,16 @@ from galvatron_megatron.describe.profile import EMBEDDING, HEAD, digest
 from galvatron_megatron.describe.profile_key import layer_digest
 from galvatron_megatron.describe.profile_store import default_directory, write_atomically
 from galvatron_megatron.errors import DescriptionError, GalvatronError, UnsupportedPlanError
+from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _WORKER = "galvatron_megatron.profiler.trace_worker"
 
-type _Setting = tuple[int, str, str, int]
-"""tp, sequence parallelism, recompute, samples."""
+type Layout = tuple[int, str, int, int]
+"""tp, sequence parallelism, expert parallelism, parts of an expert."""
+type _Setting = tuple[Layout, str, int]
+"""Layout, recompute, samples."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -38,16 +42,20 @@ class Trace:
     """What the command line describes."""
     counted: dict[tuple[str, _Setting], LayerCounts]
     """By part (``embedding``, ``head`` or a layer's digest) and setting."""
-    refused: dict[tuple[int, str], str]
-    """(tp, sequence parallelism) that Megatron does not run -> its reason."""
+    refused: dict[Layout, str]
+    """Layout that Megatron does not run -> its reason."""
 
     def layer(self, layer: Layer, strategy: Strategy, samples: int) -> LayerCounts:
         """Counts of a layer; ``samples`` are those of the micro-batch on one data-parallel rank.
+
+        A Mamba layer's are closed forms: its kernels exist for CUDA alone, so that nothing can be traced.
 
         Raises:
             UnsupportedPlanError: Megatron refuses the setting.
             DescriptionError: it was not traced.
         """
+        if layer.kind is LayerKind.MAMBA:
+            return layer_counts(self.model, layer, strategy, samples)
         return self._get(layer_digest(layer), strategy, samples, strategy.recompute)
 
     def embedding(self, base: Strategy, samples: int) -> LayerCounts:
@@ -59,21 +67,33 @@ class Trace:
         return self._get(HEAD, base, samples, Recompute.NONE)
 
     def _get(self, part: str, strategy: Strategy, samples: int, recompute: Recompute) -> LayerCounts:
-        setting = (strategy.tp, strategy.sequence_parallel.value, recompute.value, samples)
+        setting = (layout_of(self.model, strategy), recompute.value, samples)
         found = self.counted.get((part, setting))
         if found is not None:
             return found
-        if setting[:2] in self.refused:
-            raise UnsupportedPlanError(f"trace {strategy}: Megatron refuses it: {self.refused[setting[:2]]}")
+        if setting[0] in self.refused:
+            raise UnsupportedPlanError(f"trace {strategy}: Megatron refuses it: {self.refused[setting[0]]}")
         raise DescriptionError(f"trace: {part} under {strategy} with {samples} samples was not asked for")
 
 
-def settings_of(strategies: Iterable[Strategy], samples: Iterable[int]) -> tuple[_Setting, ...]:
+def layout_of(model: Model, strategy: Strategy) -> Layout:
+    """What of a strategy changes the modules of a model: degrees of experts count where it has some."""
+    experts = (1, 1)
+    if any(layer.experts is not None for layer in model.layers):
+        experts = (strategy.expert_parallel, strategy.expert_shards)
+    return (strategy.tp, strategy.sequence_parallel.value, *experts)
+
+
+def settings_of(model: Model, strategies: Iterable[Strategy], samples: Iterable[int]) -> tuple[_Setting, ...]:
     """What to trace: data parallelism and ZeRO do not change a layer's counts and drop out.
 
     Raises:
-        UnsupportedPlanError: a strategy has no counterpart in Megatron's local layers.
+        UnsupportedPlanError: a strategy has no counterpart in Megatron's local layers, or experts are reached
+            by an exchange that cannot be traced.
     """
+    gathers = any(
+        layer.experts is not None and layer.experts.dispatcher == "allgather" for layer in model.layers
+    )
     made = []
     sizes = tuple(samples)
     for strategy in strategies:
@@ -82,8 +102,13 @@ def settings_of(strategies: Iterable[Strategy], samples: Iterable[int]) -> tuple
                 f"trace {strategy}: Megatron's local layers have neither context parallelism nor Ulysses; "
                 "valid: cp 1 with sequence parallelism none or megatron"
             )
+        if gathers and strategy.expert_ranks > 1:
+            raise UnsupportedPlanError(
+                f"trace {strategy}: --moe-token-dispatcher-type allgather picks rows by the values of tokens, "
+                "which a trace does not have; valid: alltoall, or closed-form counts"
+            )
         for size in sizes:
-            made.append((strategy.tp, strategy.sequence_parallel.value, strategy.recompute.value, size))
+            made.append((layout_of(model, strategy), strategy.recompute.value, size))
     return tuple(dict.fromkeys(made))
 
 
@@ -103,7 +128,8 @@ def trace_layers(
 
     Args:
         argv: Megatron's arguments, without the script; its parallel degrees and recomputation do not count.
-        strategies: how layers may run; only tp, sequence parallelism and recomputation matter.
+        strategies: how layers may run; only tp, sequence parallelism, the degrees of experts and recomputation
+            matter.
         samples: micro-batch samples on one data-parallel rank.
         vocab_size: size of the vocabulary where the command line does not say it.
         kernels: ``gpu``: keep the tensors that CUDA kernels keep; ``cpu``: those of the CPU's kernels.
@@ -121,7 +147,7 @@ def trace_layers(
     """
     model = model_from_arguments(parse_command_line(list(argv)), vocab_size=vocab_size)
     fused = model.fused_attention if fused_attention is None else fused_attention
-    wanted = settings_of(strategies, samples)
+    wanted = settings_of(model, strategies, samples)
     request = {
         "argv": list(argv),
         "vocab_size": vocab_size,
@@ -132,8 +158,8 @@ def trace_layers(
     path = _cache_path(request, cache_directory)
     rows = _read(path)
     known = {_setting(row) for row in rows}
-    refused = {setting[:2] for setting in known if setting[2] == ""}
-    missing = [setting for setting in wanted if setting not in known and setting[:2] not in refused]
+    refused = {setting[0] for setting in known if setting[1] == ""}
+    missing = [setting for setting in wanted if setting not in known and setting[0] not in refused]
     if missing:
         rows = [*rows, *run_worker(request | {"settings": missing}, timeout_seconds)]
         write_atomically(path, json.dumps({"schema_version": SCHEMA_VERSION, "rows": rows}))
@@ -144,12 +170,12 @@ def trace_layers(
             for row in rows
             if "counts" in row
         },
-        refused={_setting(row)[:2]: row["refused"] for row in rows if "refused" in row},
+        refused={_setting(row)[0]: row["refused"] for row in rows if "refused" in row},
     )
 
 
 def _setting(row: dict) -> _Setting:
-    return (row["tp"], row["sequence_parallel"], row.get("recompute", ""), row.get("samples", 0))
+    return (tuple(row["layout"]), row.get("recompute", ""), row.get("samples", 0))
 
 
 def _cache_path(request: dict, directory: Path | None) -> Path:

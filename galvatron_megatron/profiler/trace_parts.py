@@ -16,10 +16,14 @@ from galvatron_megatron.cost.counts_values import Collective, LayerCounts, Opera
 from galvatron_megatron.describe.model import Layer, Model
 from galvatron_megatron.describe.profile import EMBEDDING, HEAD
 from galvatron_megatron.describe.profile_key import layer_digest
+from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
 from galvatron_megatron.profiler.few_layers import arguments_for, bare_model
 from galvatron_megatron.profiler.trace_modules import GpuKernels, balanced_experts, fused_attention
 from galvatron_megatron.profiler.trace_recorder import KeptTensors, Recorder, storage_of
+
+_EXPERTS = ".experts."
+"""In the name of a parameter that belongs to one expert."""
 
 
 @dataclass(kw_only=True)
@@ -77,7 +81,8 @@ class PartTracer:
             part (``embedding``, ``head`` or a layer's digest), recompute, samples, counts. Embedding and head
             come without recomputation, which does not touch them.
         """
-        layers = list(dict.fromkeys(self._model.layers))
+        # The kernels of Mamba layers exist for CUDA alone.
+        layers = [layer for layer in dict.fromkeys(self._model.layers) if layer.kind is not LayerKind.MAMBA]
         for index, layer in enumerate(layers):
             for recompute in dict.fromkeys(setting[0] for setting in settings):
                 with self._built(layer, Recompute(recompute)) as module:
@@ -142,6 +147,7 @@ class PartTracer:
         run, owner = _part(module, part, batch)
         parameters = list(owner)
         shared: set[int] = {storage_of(batch.mask)}
+        of_experts = {id(p) for name, p in module.named_parameters() if _EXPERTS in name}
         stored = {storage_of(parameter) for parameter in module.parameters()}
         kept = KeptTensors(lambda identity: identity in shared or identity in stored)
         recorder = Recorder(module.parameters(), _group_names(), kept)
@@ -162,9 +168,11 @@ class PartTracer:
         finally:
             for hook in (handle, *hooks):
                 hook.remove()
+        dense = [p for p in parameters if id(p) not in of_experts]
         return LayerCounts(
-            parameters_sharded=sum(p.numel() for p in parameters if _is_sharded(p)),
-            parameters_replicated=sum(p.numel() for p in parameters if not _is_sharded(p)),
+            parameters_sharded=sum(p.numel() for p in dense if _is_sharded(p)),
+            parameters_replicated=sum(p.numel() for p in dense if not _is_sharded(p)),
+            parameters_expert=sum(p.numel() for p in parameters if id(p) in of_experts),
             parameter_tensors=len(parameters),
             operators=_summed(recorder.operators),
             collectives=_summed(recorder.collectives),
@@ -258,8 +266,8 @@ def _group_names() -> dict[str, str]:
         "tp": parallel_state.get_tensor_model_parallel_group(),
     }
     names = {group.group_name: name for name, group in groups.items()}
-    names[parallel_state.get_expert_tensor_parallel_group().group_name] = "tp"
-    names[parallel_state.get_expert_tensor_and_model_parallel_group().group_name] = "tp"
+    names[parallel_state.get_expert_tensor_parallel_group().group_name] = "etp"
+    names[parallel_state.get_expert_tensor_and_model_parallel_group().group_name] = "etp_ep"
     return names
 
 

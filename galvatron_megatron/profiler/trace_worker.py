@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 import sys
 from argparse import Namespace
@@ -35,8 +36,9 @@ class Request:
 
     argv: list[str]
     """Megatron's arguments, without the script's name."""
-    settings: list[tuple[int, str, str, int]]
-    """(tp, sequence parallelism, recompute, samples) of every trace wanted."""
+    settings: list[tuple[tuple[int, str, int, int], str, int]]
+    """((tp, sequence parallelism, expert parallelism, parts of an expert), recompute, samples) of every trace
+    wanted."""
     answer: str
     """File to write."""
     vocab_size: int | None = None
@@ -78,7 +80,7 @@ def answer(request: Request) -> list[dict[str, Any]]:
     """Traces everything that the request asks for.
 
     Returns:
-        One row per part and setting: part, tp, sequence_parallel, recompute, samples, counts.
+        One row per part and setting: part, layout, recompute, samples, counts.
     """
     from galvatron_megatron.profiler.few_layers import parallel_state_of
     from galvatron_megatron.profiler.trace_parts import PartTracer
@@ -86,13 +88,15 @@ def answer(request: Request) -> list[dict[str, Any]]:
     arguments = parse(request.argv)
     configure_for_tracing(arguments)
     model = model_from_arguments(vars(arguments), vocab_size=request.vocab_size)
-    experts = max(1, arguments.expert_model_parallel_size or 1)
     rows = []
-    for tp in dict.fromkeys(setting[0] for setting in request.settings):
-        smallest = tp * experts
+    for tp, *experts in dict.fromkeys((layout[0], *layout[2:]) for layout, _, _ in request.settings):
+        arguments.expert_model_parallel_size, arguments.expert_tensor_parallel_size = experts
+        smallest = math.lcm(tp, math.prod(experts))
         world_size = max(1, request.world_size // smallest) * smallest
+        layouts = dict.fromkeys(s[0] for s in request.settings if (s[0][0], *s[0][2:]) == (tp, *experts))
         with process_group(request, world_size), parallel_state_of(tp, arguments):
-            for sequence_parallel in dict.fromkeys(s[1] for s in request.settings if s[0] == tp):
+            for layout in layouts:
+                sequence_parallel = layout[1]
                 tracer = PartTracer(
                     arguments,
                     model,
@@ -103,8 +107,8 @@ def answer(request: Request) -> list[dict[str, Any]]:
                     kernels=request.kernels,
                     fuse=request.fused_attention,
                 )
-                wanted = [s[2:] for s in request.settings if s[:2] == (tp, sequence_parallel)]
-                setting = {"tp": tp, "sequence_parallel": sequence_parallel}
+                wanted = [s[1:] for s in request.settings if s[0] == layout]
+                setting = {"layout": layout}
                 try:
                     for part, recompute, samples, counts in tracer.rows(wanted):
                         row = {"part": part, "recompute": recompute, "samples": samples}
@@ -137,7 +141,7 @@ def main() -> int:
     request = Request(**json.load(sys.stdin))
     request = Request(
         **{name: getattr(request, name) for name in request.__slots__}
-        | {"settings": [tuple(setting) for setting in request.settings]}
+        | {"settings": [(tuple(layout), *rest) for layout, *rest in request.settings]}
     )
     os.environ["TORCHDYNAMO_DISABLE"] = os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     logging.disable(logging.WARNING)

@@ -147,12 +147,13 @@ def test_what_was_not_measured_never_fits_and_is_named():
     setting = Setting(pp=1, virtual_stages=1, micro_batch_size=1, micro_batches=8, base=Strategy(dp=4))
     for strategy in (
         Strategy(cp=2, dp=2),
+        Strategy(dp=4, expert_parallel=2),
         Strategy(dp=4, zero=2),
         Strategy(tp=2, dp=2, sequence_parallel=SequenceParallel.ULYSSES),
         Strategy(tp=4),
     ):
         assert model.layer_cost(0, strategy, setting).transient_bytes == UNAVAILABLE_BYTES
-    assert len(model.refusals) == 4
+    assert len(model.refusals) == 5
     assert set(model.refusals.values()) == {"not measured"}
 
 

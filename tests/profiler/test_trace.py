@@ -10,11 +10,12 @@ import pytest
 
 from galvatron_megatron.cost.counts import embedding_counts, head_counts, layer_counts
 from galvatron_megatron.cost.counts_values import LayerCounts
+from galvatron_megatron.describe.model import Layer
 from galvatron_megatron.errors import DescriptionError, GalvatronError, UnsupportedPlanError
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
-from galvatron_megatron.profiler.trace import Trace, trace_layers
-from tests.profiler.trace_cases import CASES, MEGATRON, STRATEGIES, argv
+from galvatron_megatron.profiler.trace import Trace, layout_of, trace_layers
+from tests.profiler.trace_cases import CASES, EXPERT_STRATEGIES, MEGATRON, STRATEGIES, argv
 
 INDIVISIBLE = Strategy(tp=3)
 SAMPLES = {"gpt": (1, 2), "latent": (1,)}
@@ -25,12 +26,20 @@ def samples_of(case: str) -> tuple[int, ...]:
     return SAMPLES.get(case, (2,))
 
 
+def traced_layers(trace: Trace) -> set[Layer]:
+    return {layer for layer in trace.model.layers if layer.kind is not LayerKind.MAMBA}
+
+
 def strategies_of(case: str) -> tuple[Strategy, ...]:
     match case:
         case "unfused":
             return STRATEGIES[:-1]  # two groups of heads do not go over four ranks
         case "gpt":
             return (*STRATEGIES, INDIVISIBLE)
+        case "experts":
+            return (*STRATEGIES, *EXPERT_STRATEGIES)
+        case "hybrid":
+            return (*STRATEGIES, *EXPERT_STRATEGIES[-2:])
     return STRATEGIES
 
 
@@ -49,7 +58,13 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trace]:
 
 
 def assert_equal(traced: LayerCounts, counted: LayerCounts, where: str) -> None:
-    for name in ("parameters_sharded", "parameters_replicated", "parameter_tensors", "activation_bytes"):
+    for name in (
+        "parameters_sharded",
+        "parameters_replicated",
+        "parameters_expert",
+        "parameter_tensors",
+        "activation_bytes",
+    ):
         assert getattr(traced, name) == getattr(counted, name), f"{where}: {name}"
     assert traced.gemm_shapes() == counted.gemm_shapes(), where
     assert traced.flops() == counted.flops() > 0 or not traced.gemm_shapes(), where
@@ -62,10 +77,10 @@ def test_closed_forms_equal_the_trace(traces: dict[str, Trace], case: str) -> No
     compared = 0
     for strategy in strategies_of(case):
         for samples in samples_of(case):
-            if (strategy.tp, strategy.sequence_parallel.value) in trace.refused:
+            if layout_of(trace.model, strategy) in trace.refused:
                 continue
             where = f"{case} {strategy} {samples}"
-            for layer in set(trace.model.layers):
+            for layer in traced_layers(trace):
                 counted = layer_counts(trace.model, layer, strategy, samples, "local")
                 assert_equal(trace.layer(layer, strategy, samples), counted, f"{where} {layer.kind}")
                 compared += 1
@@ -83,7 +98,7 @@ def test_closed_forms_are_near_the_traced_transient_bytes(traces: dict[str, Trac
     trace = traces[case]
     samples = samples_of(case)[-1]
     for strategy in strategies_of(case):
-        if (strategy.tp, strategy.sequence_parallel.value) in trace.refused:
+        if layout_of(trace.model, strategy) in trace.refused:
             continue
         for traced, counted in (
             (
@@ -96,8 +111,33 @@ def test_closed_forms_are_near_the_traced_transient_bytes(traces: dict[str, Trac
 
 
 def test_every_layer_kind_with_a_closed_form_was_traced(traces: dict[str, Trace]) -> None:
-    kinds = {layer.kind for trace in traces.values() for layer in trace.model.layers}
+    kinds = {layer.kind for trace in traces.values() for layer in traced_layers(trace)}
     assert kinds == set(LayerKind) - {LayerKind.MAMBA}
+
+
+def test_mamba_layers_come_from_closed_forms_and_say_so(traces: dict[str, Trace]) -> None:
+    trace = traces["hybrid"]
+    sources = {layer.kind: trace.layer(layer, Strategy(), 2).source for layer in trace.model.layers}
+    assert sources.pop(LayerKind.MAMBA) == "modelled"
+    assert set(sources.values()) == {"traced"}
+
+
+def test_experts_shared_out_are_traced_and_not_refused(traces: dict[str, Trace]) -> None:
+    trace = traces["experts"]
+    experts = next(layer for layer in trace.model.layers if layer.experts is not None)
+    for strategy in EXPERT_STRATEGIES:
+        traced = trace.layer(experts, strategy, 2)
+        groups = {collective.group for collective in traced.collectives}
+        assert ("ep" in groups) == (strategy.expert_parallel > 1)
+        assert ("etp" in groups) == (strategy.expert_shards > 1)
+    one, four = (trace.layer(experts, strategy, 2) for strategy in (Strategy(), EXPERT_STRATEGIES[0]))
+    assert one.parameters_expert == 4 * four.parameters_expert > 0
+
+
+def test_an_exchange_that_depends_on_data_is_refused() -> None:
+    words = " ".join(argv("experts")).replace("alltoall", "allgather").split()
+    with pytest.raises(UnsupportedPlanError, match=r"allgather picks rows .*valid: alltoall"):
+        trace_layers(words, [Strategy(dp=2, expert_parallel=2)], [1])
 
 
 def test_a_score_matrix_is_kept_only_where_the_run_keeps_one(traces: dict[str, Trace]) -> None:

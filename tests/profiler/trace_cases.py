@@ -13,6 +13,7 @@ _LLAMA = (
 )
 _EXPERTS = (
     "--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 128 --moe-router-load-balancing-type none "
+    "--moe-token-dispatcher-type alltoall "
 )
 
 CASES = {
@@ -29,7 +30,7 @@ CASES = {
     + _LLAMA
     + "--multi-latent-attention --kv-lora-rank 64 --q-lora-rank 96 --qk-head-dim 32 --qk-pos-emb-head-dim 16 "
     + "--v-head-dim 32 --qk-layernorm",
-    "hybrid": _COMMON.replace("--num-layers 2 ", "") + _LLAMA + _EXPERTS + "--hybrid-layer-pattern *-E "
+    "hybrid": _COMMON.replace("--num-layers 2 ", "") + _LLAMA + _EXPERTS + "--hybrid-layer-pattern M*-E "
     "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec",
     "unfused": _COMMON + "--group-query-attention --num-query-groups 2 --transformer-impl local",
 }
@@ -44,6 +45,17 @@ STRATEGIES = (
     Strategy(tp=2, sequence_parallel=MEGATRON, recompute=Recompute.SELECTIVE),
     Strategy(tp=4, sequence_parallel=MEGATRON),
 )
+
+
+EXPERT_STRATEGIES = (
+    Strategy(dp=4, expert_parallel=4),
+    Strategy(dp=8, expert_parallel=8),
+    Strategy(tp=2, sequence_parallel=MEGATRON, expert_parallel=2, expert_tensor_parallel=1),
+    Strategy(tp=2, dp=2, sequence_parallel=MEGATRON, expert_parallel=2),
+    Strategy(tp=2, dp=2, sequence_parallel=MEGATRON, expert_parallel=4, expert_tensor_parallel=1),
+    Strategy(tp=2, dp=2, sequence_parallel=MEGATRON, expert_parallel=2, recompute=Recompute.FULL),
+)
+"""How layers with experts run beside those."""
 
 
 def argv(case: str) -> list[str]:
