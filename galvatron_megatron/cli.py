@@ -1,6 +1,6 @@
 """The ``galvatron`` command: parses arguments and hands over to one module of ``commands``.
 
-A module of ``commands`` has ``HELP`` (one line), ``add_arguments(parser)`` and ``run(arguments) -> int``.
+A module of ``commands`` has ``add_arguments(parser)`` and ``run(arguments) -> int``.
 Only the module of the command that was asked for is imported, so that every command starts quickly.
 """
 
@@ -67,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if chosen is not None and chosen not in COMMANDS:
         parser.error(f"unknown command {chosen!r}; {did_you_mean(chosen, COMMANDS)}")
     for name, help_line in COMMANDS.items():
-        command = commands.add_parser(name, help=help_line, description=help_line.capitalize() + ".")
+        command = commands.add_parser(
+            name, help=help_line, description=f"{help_line[0].upper()}{help_line[1:]}."
+        )
         if name == chosen:
             module = import_module(f"galvatron_megatron.commands.{name}")
             module.add_arguments(command)

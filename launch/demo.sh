@@ -25,7 +25,14 @@ set +e
 "$PYTHON" -m torch.distributed.run --nproc-per-node "$RANKS" --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 \
   "${job[@]}" 2>&1 | tee "$OUT/training.log" |
   awk '/^=+ galvatron/ { block = 1 }
-       block || /^galvatron|^profiling| iteration +[0-9]+\// { print; fflush() }
+       block || /^galvatron|^profiling/ { print; fflush() }
+       # Of the lines of Megatron itself, which are long and run into each other: step, time and loss.
+       match($0, /iteration +[0-9]+\/ *[0-9]+/) {
+         step = substr($0, RSTART, RLENGTH); gsub(/ +/, "", step); sub(/iteration/, "", step)
+         match($0, /elapsed time per iteration \(ms\): [0-9.]+/); time = substr($0, RSTART, RLENGTH)
+         match($0, /lm loss: [0-9.E+-]+/); loss = substr($0, RSTART, RLENGTH)
+         printf "iteration %5s | %s | %s\n", step, time, loss; fflush()
+       }
        /^=+$/ { block = 0 }'
 status=${PIPESTATUS[0]}
 set -e

@@ -2,24 +2,15 @@
 
 import json
 import sys
-from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from galvatron_megatron.plan.line import plan_line
+from galvatron_megatron.plan.serialization import plan_from_dict
+
 MOST_STEPS = 10
-
-
-def strategy_in_words(run: dict) -> str:
-    """The strategy of a run of equal layers."""
-    degrees = " ".join(
-        f"{name}{run[name]}" for name in ("tp", "cp", "dp") if run.get(name, 1) > 1 or name == "dp"
-    )
-    extras = [f"zero{run['zero']}"] if run.get("zero") else []
-    extras += [run[name] for name in ("sequence_parallel",) if run.get(name, "none") != "none"]
-    extras += [f"recompute {run['recompute']}"] if run.get("recompute", "none") != "none" else []
-    return f"{run['count']} x {run['kind']}: {' '.join([degrees, *extras])}"
 
 
 def main(path: Path) -> int:
@@ -32,13 +23,9 @@ def main(path: Path) -> int:
         0 where the loss fell, else 1.
     """
     report = json.loads(path.read_text())
-    plan = report["plan"]
     losses = [(step, values["lm loss"]) for step, values in report["losses"]]
     table = Table(title="galvatron demo", show_header=False, title_justify="left")
-    table.add_row("pipeline", f"{plan['pp']} x {plan['virtual_stages']} chunks")
-    table.add_row("micro-batches", f"{plan['micro_batches']} of {plan['micro_batch_size']} samples")
-    for words, stages in groupby(" | ".join(map(strategy_in_words, stage)) for stage in plan["stages"]):
-        table.add_row(f"{len(list(stages))} stage(s)", words)
+    table.add_row("plan", plan_line(plan_from_dict(report["plan"])))
     predicted, measured = report["step_seconds"], report["measured_step_seconds"]
     table.add_row("step time", f"predicted {predicted * 1e3:.0f} ms, measured {measured * 1e3:.0f} ms")
     for rank, (expected, found) in enumerate(

@@ -35,9 +35,7 @@ def plan_lines(decision: Decision, arguments: str) -> list[str]:
     lines.append(f"runs on: {kind}")
     lines.append(f"arguments: {arguments}")
     lines.append(_prediction(decision))
-    if decision.runners_up:
-        words = "; ".join(f"{name} {_milliseconds(seconds)}" for name, seconds in decision.runners_up)
-        lines.append(f"next best: {words}")
+    lines += [f"next best: {_milliseconds(seconds)} {name}" for name, seconds in decision.runners_up]
     if decision.profile_seconds or decision.search_seconds:
         lines.append(
             f"measuring took {decision.profile_seconds:.1f} s, searching {decision.search_seconds:.2f} s"
