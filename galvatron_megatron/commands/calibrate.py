@@ -15,8 +15,6 @@ from galvatron_megatron.errors import DescriptionError
 from galvatron_megatron.plan.document import write_document
 from galvatron_megatron.report.terminal import terminal
 
-HELP = "fit a device's constants to measured runs"
-
 EPILOG = """\
 examples:
   galvatron calibrate runs.csv --cluster my-cluster.yaml --output my-cluster-calibrated.yaml

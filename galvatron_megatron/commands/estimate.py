@@ -37,8 +37,6 @@ from galvatron_megatron.report.estimate_report import (
 from galvatron_megatron.report.terminal import terminal
 from galvatron_megatron.report.trace import write_chrome_trace
 
-HELP = "predict step time and memory of one plan or Megatron command line"
-
 EPILOG = """\
 examples:
   galvatron estimate plan.yaml --model llama2-7b --cluster a100-80g --nodes 2
@@ -227,7 +225,7 @@ def _costs(
         GalvatronError: the profile or the trace is missing.
     """
     if arguments.profile_dir is None:
-        counts = _traced(arguments, plan) if arguments.traced else None
+        counts = _traced(arguments, model, plan) if arguments.traced else None
         return AnalyticCostModel(model, cluster, options, counts)
     directory = check_directory(arguments.profile_dir)
     shape = shape_digest(model)
@@ -253,7 +251,7 @@ def _estimate(plan: Plan, costs: TermCostModel) -> Estimate:
     return estimate
 
 
-def _traced(arguments: argparse.Namespace, plan: Plan) -> CountSource:
+def _traced(arguments: argparse.Namespace, model: Model, plan: Plan) -> CountSource:
     """Counts of the plan's strategies, traced from the layers that the command line makes Megatron build.
 
     Raises:
@@ -264,7 +262,12 @@ def _traced(arguments: argparse.Namespace, plan: Plan) -> CountSource:
     # Tracing is the one part of this command that needs torch.
     from galvatron_megatron.profiler.trace import trace_layers
 
-    return trace_layers(arguments.what[1:], [plan.base, *plan.strategies], [plan.micro_batch_size])
+    return trace_layers(
+        arguments.what[1:],
+        [plan.base, *plan.strategies],
+        [plan.micro_batch_size],
+        vocab_size=model.vocab_size,
+    )
 
 
 def _checked(plan: Plan, model: Model, cluster: Cluster, where: str) -> Plan:

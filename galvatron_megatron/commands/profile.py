@@ -29,8 +29,6 @@ from galvatron_megatron.errors import GalvatronError, did_you_mean
 from galvatron_megatron.report.profile_report import plot_profile, print_list, print_profile
 from galvatron_megatron.report.terminal import terminal
 
-HELP = "measure the cluster and the model on the ranks at hand, or manage stored profiles"
-
 ACTIONS = ("measure", "list", "show", "export", "import")
 
 EPILOG = """\

@@ -37,8 +37,6 @@ from galvatron_megatron.search.explanation import explain
 from galvatron_megatron.search.request import UNIFORM_MARGIN, SearchRequest
 from galvatron_megatron.search.reranking import rerank
 
-HELP = "find the fastest plan for a model on a cluster"
-
 EPILOG = """\
 examples:
   galvatron search --model llama2-7b --cluster a100-80g --nodes 2 --global-batch-size 64

@@ -11,8 +11,6 @@ from galvatron_megatron.describe.cluster import read_cluster
 from galvatron_megatron.report.terminal import terminal
 from galvatron_megatron.report.validation_report import accuracy_page, print_reports, report_document
 
-HELP = "hold the cost model against measured runs"
-
 EPILOG = """\
 examples:
   galvatron validate
