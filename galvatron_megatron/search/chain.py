@@ -97,6 +97,7 @@ class Chain:
         self._costs: dict[int, np.ndarray] = {}
         self._fastest: dict[tuple[int, ...], FastestPath] = {}
         self._whole: dict[object, np.ndarray] = {}
+        self._joint: dict[float, Chain] = {}
         self.answers: dict = {}
         """Answers found so far, by sequence and class of positions; kept here for all who share the chain."""
         self.least_transient = min(float(options.transient.min()) for options in self.elements)
@@ -152,6 +153,21 @@ class Chain:
                 onward = self._cost(element) + found
                 found = (self._moves + onward[:, :, None, :]).min(3) if len(self.reshard) > 1 else onward
             self._tails[sequence[index:]] = found
+        return found
+
+    def joint(self, kappa: float) -> "Chain":
+        """The same chain with the price seconds + kappa * sync in place of seconds, and no sync."""
+        found = self._joint.get(kappa)
+        if found is None:
+            elements = []
+            for options in self.elements:
+                prices = options.prices.copy()
+                prices[0] += kappa * prices[1]
+                prices[1] = 0.0
+                elements.append(Options(strategies=options.strategies, layouts=options.layouts, prices=prices))
+            beta = self.beta[self.plain_rows[1:]]
+            found = Chain(elements, self.chunks, self.reshard, self.base, self.live, beta, ())
+            self._joint[kappa] = found
         return found
 
     def whole(self, family: object, sequences: Sequence[tuple[int, ...]]) -> np.ndarray:

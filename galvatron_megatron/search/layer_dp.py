@@ -16,8 +16,8 @@ import numpy as np
 from galvatron_megatron.search.chain import BOUNDARY, BYTES_ROW, SYNC_ROW, Chain
 from galvatron_megatron.search.dual import DualRow, best_dual
 
-_FIRST_WINDOW = 0.0003
-_WIDENING = 2.5
+_FIRST_WINDOW = 0.0006
+_WIDENING = 2.0
 _SLACK = 1e-12
 _FEW = 16
 

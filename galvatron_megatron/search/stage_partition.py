@@ -79,6 +79,7 @@ class PipelineProblem:
             numbered: sequences of problems that share ``element_of``, kept for the next one.
         """
         self.chain, self.spans, self.positions = chain, spans, positions
+        self.micro_batches = micro_batches
         self.slowest_weight = micro_batches - 1 / spans.virtual_stages
         self.sum_weight = 1 / spans.virtual_stages
         self.time_limit = time_limit
@@ -102,6 +103,7 @@ class PipelineProblem:
         self._answers: dict[tuple[int, ...], dict[int, StageAnswers]] = chain.answers
         self._bounds: dict[float, np.ndarray] = {}
         self._low_both = 0.0
+        self._is_joint = False
 
     # ---- sequences -------------------------------------------------------------------------------------------
 
@@ -232,8 +234,8 @@ class PipelineProblem:
         """
         stage = self._stage(position, number)
         limits = self._limits(position, sync_limit)
-        loose = replace(limits, sync=np.inf)
-        asked = limits if stage.exact(loose) is not None else loose
+        needs_sync = self._needs_sync(position, number, sync_limit)
+        asked = limits if needs_sync else replace(limits, sync=np.inf)
         limit = time_limit - self.positions.seconds[position]
         search = stage.searches.get(asked)
         if search is None:
@@ -326,9 +328,55 @@ class PipelineProblem:
                 return total, cuts, exact
             unknown = [stage for stage, answer in zip(stages, exact, strict=True) if answer is None]
             taken = [self._take_fastest(*stage, sync_limit) for stage in unknown]
-            if not any(taken):
-                # One at a time, the slowest first: as a rule it tells that no plan is left.
-                self._learn(*max(unknown, key=lambda stage: times[stage]), slowest, sync_limit)
+            if any(taken):
+                continue
+            # One at a time, the slowest first: as a rule it tells that no plan is left.
+            worst = max(unknown, key=lambda stage: times[stage])
+            if not self._is_joint and self._needs_sync(*worst, sync_limit):
+                self._sharpen_both(cutoff, rest)
+            else:
+                self._learn(*worst, slowest, sync_limit)
+
+    def _needs_sync(self, position: int, number: int, sync_limit: float) -> bool:
+        """True where a stage is known without a limit on sync, so that only one with a limit is left to ask."""
+        loose = replace(self._limits(position, sync_limit), sync=np.inf)
+        return self._stage(position, number).exact(loose) is not None
+
+    def _sharpen_both(self, cutoff: float, rest: float) -> None:
+        """Raises the bound of weight * time + sync to what the best stages take exactly.
+
+        Time and sync are one price there, so that this costs far less than limiting sync, and often tells
+        that no trade of the one for the other is worth it.
+        """
+        self._is_joint = True
+        weight, positions = self.slowest_weight, self.positions
+        if weight <= 0:
+            return
+        joint = PipelineProblem(
+            self.chain.joint(1 / weight),
+            self.spans,
+            replace(
+                positions, seconds=positions.seconds + positions.sync / weight, sync=np.zeros(self.spans.pp)
+            ),
+            self._element_of,
+            self.micro_batches,
+            cutoff / weight,
+        )
+        least = joint.least_slowest((cutoff - rest) / weight)
+        self._low_both = max(self._low_both, weight * least * (1 - ROUNDING))
+
+    def least_slowest(self, enough: float) -> float:
+        """Least time of the slowest stage, exactly; or a bound of it above ``enough`` seconds."""
+        while True:
+            times = self._times(np.inf)
+            least, cuts = self._shortest(times, np.maximum)
+            if least > enough:
+                return least
+            worst = max(enumerate(self._numbers(cuts)), key=lambda stage: times[stage])
+            if self._stage(*worst).exact(self._limits(worst[0], np.inf)) is not None:
+                return least
+            if not self._take_fastest(*worst, np.inf):
+                self._learn(*worst, enough, np.inf)
 
     # ---- branch and bound ------------------------------------------------------------------------------------
 
