@@ -100,6 +100,7 @@ class AnalyticCostModel:
         self.options = options or RunOptions()
         self._closed = _ClosedForms(model, self.options.implementation)
         self._counts: CountSource = counts or self._closed
+        self._factors = {(flops, size, sent): factor for flops, size, sent, factor in cluster.layer_factors}
         self._priced = lru_cache(maxsize=None)(self._price_layer)
         self._embedding = lru_cache(maxsize=None)(self._price_embedding)
         self._head = lru_cache(maxsize=None)(self._price_head)
@@ -204,6 +205,15 @@ class AnalyticCostModel:
                 seconds[name][side] += exposed / len(linears)
         return {name: (pair[0], pair[1]) for name, pair in seconds.items()}
 
+    def layer_work(self, layer: int, strategy: Strategy, setting: Setting) -> tuple[int, int, int]:
+        """What ``Cluster.layer_factors`` know a layer's micro-batch by: see ``LayerCounts.work``."""
+        samples = setting.micro_batch_samples // strategy.dp
+        return self._counts.layer(self.model.layers[layer], strategy, samples).work
+
+    def head_work(self, setting: Setting) -> tuple[int, int, int]:
+        """The same of the head."""
+        return self._counts.head(setting.base, setting.micro_batch_size).work
+
     def flops_per_sample(self) -> float:
         """Useful operations of one training sample: no recomputation, causal attention counted half."""
         return self._sample_flops
@@ -270,17 +280,18 @@ class AnalyticCostModel:
         instances = self.options.optimizer_instances if strategy.zero else 1
         shares = parameter_shares(parameters, counts.parameters_expert, strategy, instances)
         element = self._element
+        traffic = host_traffic(shares, strategy, element)
         gather = sum(
             collective_seconds("all_gather", s.parameters * element.weight, s.sharding, s.stride, cluster)
             for s in shares
         )
         reduce = sum(self._reduce_seconds(share, sharded=strategy.zero > 0) for share in shares)
 
+        factor = self._factors.get(counts.work, 1.0) if self._factors else 1.0
         phases, terms = {}, []
         for name, wanted in (("forward", FORWARD_PHASES), ("backward", BACKWARD_PHASES)):
             work = phase_seconds(counts.operators, wanted, cluster.device, constants, precision)
             exchanged, hidden = self._exchanges(counts, strategy, wanted)
-        traffic = host_traffic(shares, strategy, element)
             issued = work.host + _collectives_issued(counts, wanted) * constants.host_us * MICROSECOND
             busy = work.device
             dispatch = self._dispatch(counts, strategy, wanted)
@@ -288,7 +299,8 @@ class AnalyticCostModel:
                 exchanged, hidden = dispatch, hidden + exchanged - dispatch
             communication = exchanged + exposed_seconds(hidden, work.gemm, constants.overlap_slowdown)
             waiting = max(0.0, issued - busy - communication)
-            total = busy + communication + waiting
+            correction = (factor - 1) * (busy + communication + waiting)
+            total = busy + communication + waiting + correction
             sharded = self._sharded_seconds(name, strategy, micro_batches, total, gather, reduce)
             terms += [
                 Term(name=f"{name} GEMM", value=work.gemm, source=counts.source),
@@ -301,9 +313,13 @@ class AnalyticCostModel:
                 ),
                 Term(name=f"{name} expert parallel", value=dispatch, source=counts.source),
                 Term(name=f"{name} host issue", value=waiting, source=counts.source),
+                Term(name=f"{name} measured beside the constants", value=correction, source="measured"),
                 Term(name=f"{name} sharded parameters", value=sharded),
             ]
             phases[name] = total + sharded
+        for name, moved in self._offload_seconds(traffic, micro_batches).items():
+            terms.append(Term(name=f"{name} offloading", value=moved))
+            phases[name] += moved
         sync = self._sync_terms(counts, shares, strategy, micro_batches, gather, reduce, phases)
         if copied_weight:
             size = copied_weight * element.gradient
@@ -317,9 +333,6 @@ class AnalyticCostModel:
         state = kept_on_device(sum(of_experts, state), strategy)
         state_terms = (
             Term(name="weights", value=state.weights),
-        for name, moved in self._offload_seconds(traffic, micro_batches).items():
-            terms.append(Term(name=f"{name} offloading", value=moved))
-            phases[name] += moved
             Term(name="gradients", value=state.gradients),
             Term(name="optimizer states", value=state.optimizer),
         )
@@ -377,6 +390,16 @@ class AnalyticCostModel:
             exposed += exposed_seconds(reduce, total, slowdown) if self.options.overlap_gradients else reduce
         return exposed
 
+    def _offload_seconds(self, traffic: HostTraffic, micro_batches: int) -> dict[str, float]:
+        """What the link to the host adds to the phases of every micro-batch: DeepSpeed waits for its copies."""
+        added = (micro_batches - 1) / micro_batches * traffic.accumulated_per_micro_batch
+        return {
+            "forward": link_seconds(traffic.fetched_per_pass, self.cluster),
+            "backward": link_seconds(
+                traffic.fetched_per_pass + traffic.stored_per_micro_batch + added, self.cluster
+            ),
+        }
+
     def _exchanges(
         self, counts: LayerCounts, strategy: Strategy, phases: tuple[str, ...]
     ) -> tuple[float, float]:
@@ -390,16 +413,6 @@ class AnalyticCostModel:
             if collective.phase not in phases:
                 continue
             seconds = self._collective(collective, strategy)
-    def _offload_seconds(self, traffic: HostTraffic, micro_batches: int) -> dict[str, float]:
-        """What the link to the host adds to the phases of every micro-batch: DeepSpeed waits for its copies."""
-        added = (micro_batches - 1) / micro_batches * traffic.accumulated_per_micro_batch
-        return {
-            "forward": link_seconds(traffic.fetched_per_pass, self.cluster),
-            "backward": link_seconds(
-                traffic.fetched_per_pass + traffic.stored_per_micro_batch + added, self.cluster
-            ),
-        }
-
             if collective.group == "cp" or collective.phase == "weight_gradient":
                 hidden += seconds
             else:

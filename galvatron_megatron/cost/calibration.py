@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from galvatron_megatron.cost.layer_factors import fit_layer_factors
 from galvatron_megatron.cost.records.values import MeasuredRun
 from galvatron_megatron.cost.validation import Predictor
 from galvatron_megatron.describe.cluster import Calibration, Cluster
@@ -187,6 +188,7 @@ def calibrate(
     *,
     held_out: Sequence[MeasuredRun] = (),
     folds: int = 3,
+    layer_factors: bool = True,
 ) -> Fit:
     """Fits the constants and says by cross-validation how far estimates with them are off.
 
@@ -194,9 +196,10 @@ def calibrate(
         cluster: the test bed with constants to start from.
         runs: with measured step times or memory.
         table: name of the runs' source, for the description.
-        held_out: other runs of the same test bed: the confidence band of the calibrated cluster is that of its
-            errors on them, or of the cross-validation where there are none.
+        held_out: other runs of the same test bed: the confidence bands of the calibrated cluster are those of
+            its errors on them, or of the cross-validation where there are none.
         folds: parts of the cross-validation, at most the number of runs.
+        layer_factors: also learn what layers took that several runs share, beside the constants.
 
     Returns:
         The calibrated cluster, its ``calibration`` filled, and the errors.
@@ -206,39 +209,72 @@ def calibrate(
     """
     certain = [run for run in runs if not run.doubt]
     fitted = fit_workspace(cluster, certain)
+    fitted = replace(fitted, calibration=_memory_calibration(fitted, certain, held_out, table))
     timed = [run for run in certain if run.step_seconds]
     if len(timed) < 2:
-        if timed or fitted is cluster:
+        if timed or not fitted.calibration.memory_runs:
             raise DescriptionError(
                 f"calibration: {len(timed)} runs with a measured time; valid: at least 2, or measured memory"
             )
         return Fit(cluster=fitted, fitted_error=0.0, cross_error=0.0, folds=0)
+
+    def fit_time(start: Cluster, chosen: Sequence[MeasuredRun]) -> Cluster:
+        # Constants are fitted without factors, so that these hold what constants cannot.
+        constants = fit_constants(replace(start, layer_factors=()), chosen)
+        return fit_layer_factors(constants, chosen, _SCALE) if layer_factors else constants
+
     folds = min(folds, len(timed))
     crossed = np.concatenate(
         [
             _log_errors(
-                fit_constants(cluster, [run for index, run in enumerate(timed) if index % folds != fold]),
+                fit_time(cluster, [run for index, run in enumerate(timed) if index % folds != fold]),
                 timed[fold::folds],
             )
             for fold in range(folds)
         ]
     )
-    fitted = fit_constants(fitted, timed)
+    fitted = fit_time(fitted, timed)
     others = [run for run in held_out if run.step_seconds and not run.doubt]
-    judged = _log_errors(fitted, others) if others else crossed
-    ratios = np.exp(-judged)
+    mean_error, low, high = _band(_log_errors(fitted, others) if others else crossed)
     return Fit(
         cluster=replace(
             fitted,
-            calibration=Calibration(
-                runs=len(timed),
-                table=table,
-                mean_error=round(float(np.abs(np.exp(judged) - 1).mean()), 4),
-                low=round(float(np.percentile(ratios, 10)), 4),
-                high=round(float(np.percentile(ratios, 90)), 4),
+            calibration=replace(
+                fitted.calibration, runs=len(timed), table=table, mean_error=mean_error, low=low, high=high
             ),
         ),
         fitted_error=float(np.abs(np.exp(_log_errors(fitted, timed)) - 1).mean()),
         cross_error=float(np.abs(np.exp(crossed) - 1).mean()),
         folds=folds,
+    )
+
+
+def _band(log_errors: np.ndarray) -> tuple[float, float, float]:
+    """(mean absolute relative error, 10th and 90th percentile of measured / predicted)."""
+    low, high = np.percentile(np.exp(-log_errors), [10, 90])
+    return round(float(np.abs(np.exp(log_errors) - 1).mean()), 4), round(float(low), 4), round(float(high), 4)
+
+
+def _memory_calibration(
+    cluster: Cluster, runs: Sequence[MeasuredRun], held_out: Sequence[MeasuredRun], table: str
+) -> Calibration:
+    """The cluster's calibration, with the errors of memory on the held-out runs, or on the runs themselves."""
+    fitted = [run for run in runs if run.peak_bytes]
+    if not fitted:
+        return cluster.calibration
+    predict = Predictor(lambda _: cluster)
+    judged = [run for run in held_out if run.peak_bytes and not run.doubt] or fitted
+    logs = [
+        np.log(predicted / measured)
+        for run in judged
+        for (_, measured), (_, predicted) in zip(run.peak_bytes, predict(run)[1], strict=True)
+    ]
+    mean_error, low, high = _band(np.array(logs))
+    return replace(
+        cluster.calibration,
+        memory_runs=len(fitted),
+        memory_table=table,
+        memory_mean_error=mean_error,
+        memory_low=low,
+        memory_high=high,
     )

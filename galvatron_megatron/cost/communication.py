@@ -15,7 +15,8 @@ def collective_seconds(kind: str, message_bytes: float, ranks: int, stride: int,
 
     Rings inside a node; between nodes one ring per adapter. A group with r members in a node drives r
     adapters, and its siblings drive the others, so that every device always has one adapter's bandwidth and
-    the ring of a group moves r times that (never more than the links inside the node)::
+    the ring of a group moves r times that (never more than the links inside the node), or once that where
+    the link does not spread groups over adapters (``Link.spreads_groups``)::
 
         all-reduce                                2 (n-1)/n B / bandwidth
         all-gather, reduce-scatter, broadcast       (n-1)/n B / bandwidth
@@ -61,7 +62,8 @@ def collective_seconds(kind: str, message_bytes: float, ranks: int, stride: int,
     bandwidth = inside.bandwidth(members) if members > 1 else float("inf")
     base = inside.base_us
     if nodes > 1:
-        bandwidth = min(bandwidth, members * between.bandwidth(ranks))
+        driven = members if between.spreads_groups or members >= cluster.devices_per_node else 1
+        bandwidth = min(bandwidth, driven * between.bandwidth(ranks))
         hops += (2 * ceil(log2(nodes)) if kind == "all_reduce" else nodes - 1) * between.latency_us
         base = between.base_us
     volume = _VOLUME[kind] * (ranks - 1) / ranks * message_bytes

@@ -107,6 +107,15 @@ class LayerCounts:
         """Parameters on this rank."""
         return self.parameters_sharded + self.parameters_replicated + self.parameters_expert
 
+    @property
+    def work(self) -> tuple[int, int, int]:
+        """FLOPs, bytes of the operators, bytes of the collectives: equal where the same kernels run."""
+        return (
+            self.flops(),
+            sum(op.bytes * op.count for op in self.operators),
+            sum(collective.bytes * collective.count for collective in self.collectives),
+        )
+
     def flops(self, *phases: str) -> int:
         """FLOPs of the given phases, of all where none is given."""
         return sum(op.flops * op.count for op in self.operators if not phases or op.phase in phases)

@@ -77,17 +77,22 @@ class Predictor:
         Raises:
             GalvatronError: the run cannot be priced.
         """
+        model = self.cost_model(run)
+        if isinstance(run.plan, OperatorPlan):
+            return operator_plan_prediction(run.plan, model)
+        estimate = estimate_plan(run.plan, model)
+        memory = tuple((stage, estimate.stages[stage].allocated_bytes) for stage, _ in run.peak_bytes)
+        return estimate.step_seconds, memory
+
+    def cost_model(self, run: MeasuredRun) -> AnalyticCostModel:
+        """The cost model that prices a run; runs of one model on one cluster share it."""
         place = (run.cluster, run.nodes)
         if place not in self._clusters:
             self._clusters[place] = self._cluster_of(run.cluster).with_nodes(run.nodes)
         key = (run.model, run.cluster, run.nodes, run.options)
         if key not in self._models:
             self._models[key] = AnalyticCostModel(run.model, self._clusters[place], run.options)
-        if isinstance(run.plan, OperatorPlan):
-            return operator_plan_prediction(run.plan, self._models[key])
-        estimate = estimate_plan(run.plan, self._models[key])
-        memory = tuple((stage, estimate.stages[stage].allocated_bytes) for stage, _ in run.peak_bytes)
-        return estimate.step_seconds, memory
+        return self._models[key]
 
 
 def validate_table(table: Table, predict: Predictor | None = None) -> TableReport:

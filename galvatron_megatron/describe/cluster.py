@@ -87,8 +87,16 @@ class Link:
     group_efficiency: tuple[tuple[int, float], ...] = ()
     """(ranks, efficiency) where it was measured and differs by group size, e.g. on partly connected NVLink
     boards; other sizes use ``efficiency``."""
+    spreads_groups: bool = True
+    """Between nodes: a group with several members in a node drives the adapters of all of them. False where its
+    ring must leave a node by the adapter it came in by (NCCL before 2.12 cannot pass data through the device
+    beside another adapter): then only groups that hold a whole node, or one device of it, drive them all."""
 
     def __post_init__(self) -> None:
+        if type(self.spreads_groups) is not bool:
+            raise DescriptionError(
+                f"cluster link.spreads_groups: {shown(self.spreads_groups)}; valid: true or false"
+            )
         _check_numbers(self, "cluster link", zero_allowed=("latency_us", "base_us"))
         for pair in self.group_efficiency if isinstance(self.group_efficiency, tuple) else (None,):
             match pair:
@@ -104,14 +112,6 @@ class Link:
         return self.gb_per_second * GB * dict(self.group_efficiency).get(ranks, self.efficiency)
 
 
-@dataclass(kw_only=True, frozen=True, slots=True)
-class Constants:
-    """What a device reaches of its peak: few, physical, fitted by ``galvatron calibrate``.
-
-    The defaults are typical of recent data-centre devices; an estimate made with them is uncalibrated.
-    """
-
-    gemm_efficiency: float = 0.75
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Host:
     """A node's own memory as ONE of its devices meets it while all of them use it; offloading needs it."""
@@ -129,6 +129,14 @@ class Host:
             raise DescriptionError(f"cluster host.efficiency: {self.efficiency}; valid: a number > 0 and <= 1")
 
 
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Constants:
+    """What a device reaches of its peak: few, physical, fitted by ``galvatron calibrate``.
+
+    The defaults are typical of recent data-centre devices; an estimate made with them is uncalibrated.
+    """
+
+    gemm_efficiency: float = 0.75
     """Fraction of the matrix peak that a GEMM which fills the device reaches."""
     attention_efficiency: float = 0.5
     """Fraction of the matrix peak that fused (flash) attention reaches."""
@@ -174,6 +182,16 @@ class Calibration:
     """10th percentile of measured / predicted over the held-out rows; 0 where unknown."""
     high: float = 0.0
     """90th percentile of measured / predicted over the held-out rows; 0 where unknown."""
+    memory_runs: int = 0
+    """Measured runs that memory was fitted on; 0 where it was not."""
+    memory_table: str = ""
+    """File or source of these runs."""
+    memory_mean_error: float = 0.0
+    """As ``mean_error``, of a rank's allocated memory."""
+    memory_low: float = 0.0
+    """As ``low``, of a rank's allocated memory."""
+    memory_high: float = 0.0
+    """As ``high``, of a rank's allocated memory."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -186,13 +204,25 @@ class Cluster:
     device: Device
     intra_node: Link
     inter_node: Link
+    host: Host | None = None
+    """None where nothing is known of the hosts: nothing can be offloaded."""
     constants: Constants = field(default_factory=Constants)
     calibration: Calibration = field(default_factory=Calibration)
+    layer_factors: tuple[tuple[int, int, int, float], ...] = ()
+    """(FLOPs, bytes, collective bytes, factor) of one micro-batch of a layer or head on one rank, forward and
+    backward: work that several measured runs had in common, and how much longer it took than the constants
+    say. Other work is priced by the constants alone."""
     sources: tuple[str, ...] = ()
     """Where the numbers come from."""
 
     def __post_init__(self) -> None:
         _check_numbers(self, "cluster")
+        for entry in self.layer_factors:
+            sizes = len(entry) == 4 and all(type(size) is int and size >= 0 for size in entry[:3])
+            if not sizes or type(entry[3]) not in (int, float) or not 0 < entry[3] <= 10:
+                raise DescriptionError(
+                    f"cluster layer_factors: {shown(entry)}; valid: FLOPs, bytes, collective bytes, factor"
+                )
         if not isinstance(self.name, str):
             raise DescriptionError(f"cluster name: {shown(self.name)}; valid: text")
 
@@ -204,8 +234,6 @@ class Cluster:
     @property
     def memory_bytes(self) -> int:
         """Usable memory of one device, in bytes."""
-    host: Host | None = None
-    """None where nothing is known of the hosts: nothing can be offloaded."""
         return self.device.memory_bytes
 
     def with_nodes(self, nodes: int) -> "Cluster":
@@ -229,6 +257,14 @@ class Cluster:
         content = asdict(self)
         for name in ("name", "sources", "calibration"):
             del content[name]
+        if self.host is None:
+            # A cluster of which nothing more is said keeps the fingerprint that it had.
+            del content["host"]
+        if not self.layer_factors:
+            del content["layer_factors"]
+        for link in ("intra_node", "inter_node"):
+            if content[link]["spreads_groups"]:
+                del content[link]["spreads_groups"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -238,6 +274,7 @@ _PARTS = {
     "inter_node": Link,
     "constants": Constants,
     "calibration": Calibration,
+    "host": Host,
 }
 
 
@@ -257,24 +294,14 @@ def _build(kind: type, content: object, where: str) -> object:
             values[key] = _build(part, values[key], f"{where}: {key}")
     if isinstance(values.get("group_efficiency"), dict):
         sizes = values["group_efficiency"].items()
-        if self.host is None:
-            # A cluster of which nothing more is said keeps the fingerprint that it had.
-            del content["host"]
-        if not self.layer_factors:
-            del content["layer_factors"]
-        for link in ("intra_node", "inter_node"):
-            if content[link]["spreads_groups"]:
-                del content[link]["spreads_groups"]
         values["group_efficiency"] = tuple(
             sorted(sizes, key=lambda size: size[0] if type(size[0]) is int else 0)
         )
-    if isinstance(values.get("gemm_efficiencies"), list):
-        values["gemm_efficiencies"] = tuple(
-            tuple(entry) if isinstance(entry, list) else (entry,) for entry in values["gemm_efficiencies"]
-        )
+    for key in ("gemm_efficiencies", "layer_factors"):
+        if isinstance(values.get(key), list):
+            values[key] = tuple(tuple(entry) if isinstance(entry, list) else (entry,) for entry in values[key])
     if "sources" in values:
         if not isinstance(values["sources"], list):
-    "host": Host,
             raise DescriptionError(f"{where}: sources is not a list; valid: a list of lines")
         values["sources"] = tuple(str(line) for line in values["sources"])
     try:
@@ -314,10 +341,11 @@ def read_cluster(path: str | Path, nodes: int | None = None) -> Cluster:
 def cluster_document(cluster: Cluster) -> str:
     """The YAML text that :func:`read_cluster` reads back to an equal cluster."""
     content = asdict(cluster)
+    if cluster.host is None:
+        del content["host"]
     for link in ("intra_node", "inter_node"):
         content[link]["group_efficiency"] = dict(content[link]["group_efficiency"])
     content["device"]["gemm_efficiencies"] = [list(entry) for entry in content["device"]["gemm_efficiencies"]]
+    content["layer_factors"] = [list(entry) for entry in content["layer_factors"]]
     content["sources"] = list(content["sources"])
     return yaml.safe_dump(content, sort_keys=False, width=110)
-    if cluster.host is None:
-        del content["host"]

@@ -24,6 +24,17 @@ def confidence(calibration: Calibration) -> str:
     )
 
 
+def memory_confidence(calibration: Calibration) -> str:
+    """One line that says how sure an estimate of memory is."""
+    if not calibration.memory_runs:
+        return "uncalibrated: no measured memory of this device was fitted"
+    return (
+        f"calibrated on {calibration.memory_runs} runs of {calibration.memory_table}: mean error "
+        f"{calibration.memory_mean_error:.1%}, 80 % of held-out ranks allocated "
+        f"{calibration.memory_low:.2f} to {calibration.memory_high:.2f} times the estimate"
+    )
+
+
 def estimate_document(estimate: Estimate, cluster: Cluster, simulation: Simulation | None = None) -> dict:
     """The estimate as plain values: seconds, bytes and GB (2**30 bytes), one entry per pipeline rank."""
     calibration = cluster.calibration
@@ -37,12 +48,21 @@ def estimate_document(estimate: Estimate, cluster: Cluster, simulation: Simulati
         "model_flops_utilization": estimate.model_flops_utilization,
         "memory_gb": [stage.peak_bytes / _GIB for stage in estimate.stages],
         "calibrated": calibration.runs > 0,
+        "memory_calibrated": calibration.memory_runs > 0,
         "stages": [_stage_document(stage) for stage in estimate.stages],
     }
     if calibration.runs:
         document["step_seconds_band"] = [
             estimate.step_seconds * calibration.low,
             estimate.step_seconds * calibration.high,
+        ]
+    if calibration.memory_runs:
+        document["memory_gb_band"] = [
+            [
+                (stage.allocated_bytes * factor + stage.peak_bytes - stage.allocated_bytes) / _GIB
+                for factor in (calibration.memory_low, calibration.memory_high)
+            ]
+            for stage in estimate.stages
         ]
     if simulation is not None:
         document["simulated_step_seconds"] = simulation.step_seconds + estimate.overhead_seconds
@@ -93,6 +113,7 @@ def print_estimate(
         "memory of the fullest rank",
         f"{estimate.peak_bytes / _GIB:.2f} GB, {'fits' if fits else 'DOES NOT FIT'} in {limit}",
     )
+    table.add_row("confidence in memory", memory_confidence(cluster.calibration))
     console.print(table)
     slowest = max(range(len(estimate.stages)), key=lambda rank: estimate.stages[rank].seconds)
     fullest = max(range(len(estimate.stages)), key=lambda rank: estimate.stages[rank].peak_bytes)
