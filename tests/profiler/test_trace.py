@@ -39,7 +39,7 @@ def strategies_of(case: str) -> tuple[Strategy, ...]:
         case "experts":
             return (*STRATEGIES, *EXPERT_STRATEGIES)
         case "hybrid":
-            return (*STRATEGIES, *EXPERT_STRATEGIES[-2:])
+            return (*STRATEGIES, *EXPERT_STRATEGIES[-1:])
     return STRATEGIES
 
 

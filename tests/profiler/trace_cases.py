@@ -49,10 +49,8 @@ STRATEGIES = (
 
 EXPERT_STRATEGIES = (
     Strategy(dp=4, expert_parallel=4),
-    Strategy(dp=8, expert_parallel=8),
     Strategy(tp=2, sequence_parallel=MEGATRON, expert_parallel=2, expert_tensor_parallel=1),
     Strategy(tp=2, dp=2, sequence_parallel=MEGATRON, expert_parallel=2),
-    Strategy(tp=2, dp=2, sequence_parallel=MEGATRON, expert_parallel=4, expert_tensor_parallel=1),
     Strategy(tp=2, dp=2, sequence_parallel=MEGATRON, expert_parallel=2, recompute=Recompute.FULL),
 )
 """How layers with experts run beside those."""

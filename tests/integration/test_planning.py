@@ -1,0 +1,66 @@
+"""Jobs that are refused before anything is measured."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+SIZES = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
+    "--vocab-size 300 --tokenizer-type NullTokenizer --micro-batch-size 1 --global-batch-size 8 --num-experts 4"
+)
+PROGRAM = """
+import json, sys
+from argparse import Namespace
+from pathlib import Path
+from galvatron_megatron.describe.megatron_args import parse_command_line
+from galvatron_megatron.errors import GalvatronError
+from galvatron_megatron.integration.options import Options
+from galvatron_megatron.integration.planning import JobPlanner
+
+answers = []
+for line, plan_file in json.loads(sys.argv[1]):
+    words = line.split()
+    options = Options(plan_file=Path(plan_file) if plan_file else None)
+    try:
+        JobPlanner(Namespace(**parse_command_line(words)), {}, options, words, None, None)
+        answers.append("")
+    except GalvatronError as error:
+        answers.append(str(error))
+print(json.dumps(answers))
+"""
+LINES = {
+    "": "",
+    "--expert-model-parallel-size 1 --tensor-model-parallel-size 2 --expert-tensor-parallel-size 2": "",
+    "--expert-model-parallel-size 2": "--expert-model-parallel-size 2: a job measures layers with all experts",
+    "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1": "--expert-tensor-parallel-size 1: a job",
+    "--num-distributed-optimizer-instances 2": "--num-distributed-optimizer-instances 2: a job measures",
+}
+
+
+@pytest.fixture(scope="module")
+def answers() -> list[str]:
+    """What the planner says, from a process of its own: it imports torch and megatron."""
+    lines = [(f"{SIZES} {flags}", "") for flags in LINES]
+    lines.append((f"{SIZES} --expert-model-parallel-size 2", "plan.yaml"))
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(lines)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("flags", LINES)
+def test_degrees_that_are_not_measured_are_refused(answers: list[str], flags: str) -> None:
+    answer = answers[list(LINES).index(flags)]
+    assert answer.startswith(LINES[flags]) if LINES[flags] else not answer
+    assert not answer or "; valid: " in answer
+
+
+def test_a_plan_file_may_share_out_experts(answers: list[str]) -> None:
+    assert answers[-1] == ""
