@@ -12,7 +12,7 @@ from galvatron_megatron.cost.layer_factors import LEAST_RUNS
 from galvatron_megatron.cost.records.tables import fitting_rows, read_table
 from galvatron_megatron.describe.cluster import cluster_document, read_cluster
 from galvatron_megatron.errors import DescriptionError
-from galvatron_megatron.plan.document import write_document
+from galvatron_megatron.plan.document import check_target, write_document
 from galvatron_megatron.report.terminal import terminal
 
 EPILOG = """\
@@ -59,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.folds < 2:
         raise DescriptionError(f"--folds: {arguments.folds}; valid: an integer >= 2")
+    if arguments.output is not None:
+        check_target(arguments.output, "--output", DescriptionError, suffixes=(".yaml", ".yml"))
     cluster = read_cluster(arguments.cluster)
     table = read_table(arguments.table)
     chosen = fitting_rows(table.runs)

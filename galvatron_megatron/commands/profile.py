@@ -26,6 +26,7 @@ from galvatron_megatron.describe.profile_store import (
     write_profile,
 )
 from galvatron_megatron.errors import GalvatronError, did_you_mean
+from galvatron_megatron.plan.document import check_target
 from galvatron_megatron.report.profile_report import plot_profile, print_list, print_profile
 from galvatron_megatron.report.terminal import terminal
 
@@ -108,6 +109,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise GalvatronError(f"action {action!r} is unknown; {did_you_mean(action, ACTIONS)}")
     directory = check_directory(arguments.directory or default_directory(), create=arguments.directory is None)
     limit = {"measure": 0, "list": 0, "show": 1, "export": 2, "import": 1}[action]
+    unused = () if action == "measure" else ("model", "seq_length", "ranks", "tp", "again", "megatron")
+    unused += () if action in ("measure", "show") else ("plot",)
+    for name in unused:
+        if getattr(arguments, name):
+            given = "--" if name == "megatron" else f"--{name.replace('_', '-')}"
+            raise GalvatronError(f"profile {action}: {given}: unused; valid: with galvatron profile measure")
+    if arguments.plot is not None:
+        check_target(arguments.plot, "--plot", GalvatronError)
     if len(words) > limit:
         raise GalvatronError(f"profile {action}: {' '.join(words[limit:])!r} is too much; see --help")
     if action == "measure":
@@ -176,6 +185,10 @@ def _measure(arguments: argparse.Namespace, directory: Path, megatron: list[str]
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise GalvatronError(f"--{name.replace('_', '-')}: {value}; valid: an integer >= 1")
+    for name in ("tp", "micro_batch_size"):
+        for value in getattr(arguments, name) or ():
+            if value < 1:
+                raise GalvatronError(f"--{name.replace('_', '-')}: {value}; valid: an integer >= 1")
     device = arguments.device or ("cuda" if gpus() else "cpu")
     request = {
         "megatron": megatron,
@@ -194,6 +207,10 @@ def _measure(arguments: argparse.Namespace, directory: Path, megatron: list[str]
             return 0
     else:
         count = arguments.ranks or (gpus() if device == "cuda" else len(os.sched_getaffinity(0)))
+        for tp in arguments.tp or ():
+            if count % tp:
+                valid = ", ".join(str(size) for size in range(1, count + 1) if count % size == 0)
+                raise GalvatronError(f"--tp: {tp} does not divide {count} ranks; valid: {valid}")
         answered = directory / f"answered-{_digest_of(request, count)}.json"
         profile = None if arguments.again else _answered(directory, answered)
         if profile is not None:

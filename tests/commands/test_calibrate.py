@@ -57,7 +57,15 @@ def test_memory_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert document["constants"]["constants.workspace_mib"]["after"] == bed.constants.workspace_mib
 
 
-@pytest.mark.parametrize(("flag", "words"), [(["--folds", "1"], "--folds: 1"), ([], "No such file")])
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        (["--folds", "1"], "--folds: 1"),
+        (["--output", "/none/c.yaml"], "--output /none/c.yaml: directory /none does not exist"),
+        (["--output", "c.txt"], "--output c.txt: unknown kind of file; valid: a name that ends with .yaml"),
+        ([], "No such file"),
+    ],
+)
 def test_bad_requests(
     flag: list[str], words: str, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,6 +67,12 @@ def test_plot_draws_a_picture(tmp_path, capsys):
         (["export", "abc"], "holds no profile|needs 2"),
         (["list", "too", "much"], "too much"),
         (["measure", "--model", "missing.yaml"], "missing.yaml"),
+        (["measure", "--model", "gpt3-125m", "--tp", "0"], "--tp: 0; valid: an integer >= 1"),
+        (["measure", "--model", "gpt3-125m", "--micro-batch-size", "-1"], "--micro-batch-size: -1"),
+        (["measure", "--model", "gpt3-125m", "--ranks", "4", "--tp", "3"], "3 does not divide 4 .*: 1, 2, 4"),
+        (["measure", "--model", "gpt3-125m", "--plot", "/none/p.png"], "--plot /none/p.png: directory /none"),
+        (["list", "--plot", "p.png"], "profile list: --plot: unused"),
+        (["list", "--", "--num-layers", "2"], "profile list: --: unused"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, capsys, words, reason):
