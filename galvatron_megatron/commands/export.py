@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from galvatron_megatron.commands.plan_file import is_galvatron_config, read_plan_file
+from galvatron_megatron.describe.deepspeed_config import PRECISIONS, deepspeed_config, deepspeed_json
+from galvatron_megatron.describe.megatron_deepspeed import megatron_deepspeed_arguments
 from galvatron_megatron.describe.model import Model
 from galvatron_megatron.describe.model_file import read_model
 from galvatron_megatron.describe.plan_check import check_plan
@@ -24,6 +26,10 @@ examples:
       turns a JSON plan into YAML
   galvatron export plan.yaml --model configs/models/llama2-7b.yaml
       also checks that the plan fits the model
+  galvatron export plan.yaml --model llama2-7b --deepspeed ds_config.json
+      writes DeepSpeed's configuration file, for deepspeed.initialize(..., config="ds_config.json")
+  galvatron export plan.yaml --model llama2-7b --megatron-deepspeed ds_config.json
+      the same, and prints the flags for Megatron-DeepSpeed's pretrain_gpt.py
 
 A plan whose layers differ is more than Megatron's flags can say. For such a plan --galvatron-plan PLAN is
 printed, under which the training job gives every layer its own strategy, and the batch sizes that it needs.
@@ -50,6 +56,23 @@ def _megatron(plan: Plan, path: Path, model: Model | None) -> str:
         str(plan.global_batch_size),
     ]
     return shell_line([*batch, "--galvatron-plan", str(path)]) + "\n"
+
+
+def _deepspeed(plan: Plan, model: Model | None, arguments: argparse.Namespace, target: Path) -> str:
+    """Writes DeepSpeed's configuration file.
+
+    Returns:
+        What to print beside it.
+    """
+    document = deepspeed_config(
+        plan,
+        precision=arguments.precision or (model.precision if model is not None else "bf16"),
+        clip_grad=1.0 if arguments.clip_grad is None else arguments.clip_grad,
+        model=model,
+    )
+    words = megatron_deepspeed_arguments(plan, target) if arguments.megatron_deepspeed is not None else []
+    write_document(deepspeed_json(document), target)
+    return shell_line(words) + "\n" if words else ""
 
 
 FORMATS: dict[str, Callable[[Plan, Path, Model | None], str]] = {
@@ -86,6 +109,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--devices", type=int, metavar="N", help="devices, where PLAN is a galvatron_config of Hetu-Galvatron"
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of printing")
+    engine = parser.add_argument_group("DeepSpeed's own engine, for plans in which all layers run alike")
+    target = engine.add_mutually_exclusive_group()
+    target.add_argument(
+        "--deepspeed", type=Path, metavar="OUT.json", help="write DeepSpeed's configuration file, print nothing"
+    )
+    target.add_argument(
+        "--megatron-deepspeed",
+        type=Path,
+        metavar="OUT.json",
+        help="write DeepSpeed's configuration file and print the flags for Megatron-DeepSpeed",
+    )
+    engine.add_argument(
+        "--precision", choices=PRECISIONS, help="of the weights (default: the model's, or bf16)"
+    )
+    engine.add_argument(
+        "--clip-grad", type=float, metavar="NORM", help="largest gradient norm, 0 for no limit (default: 1.0)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -98,13 +138,26 @@ def run(arguments: argparse.Namespace) -> int:
         raise DescriptionError("--seq-length: without a model to check; valid: --model FILE beside it")
     if arguments.format == "yaml" and arguments.output is not None and arguments.output.suffix == ".json":
         raise PlanError(f"--output {arguments.output}: would hold YAML; valid: a name that ends with .yaml")
+    target = arguments.deepspeed or arguments.megatron_deepspeed
+    if target is None:
+        for flag in ("precision", "clip_grad"):
+            if getattr(arguments, flag) is not None:
+                raise PlanError(
+                    f"--{flag.replace('_', '-')}: belongs into DeepSpeed's configuration file; valid: with "
+                    "--deepspeed or --megatron-deepspeed OUT.json"
+                )
+    elif arguments.format != "megatron" or (arguments.deepspeed and arguments.output):
+        raise PlanError("--deepspeed: an answer of its own; valid: without --format and --output")
     path = find_description("plans", arguments.plan)
     plan = read_plan_file(path, arguments.devices)
     model = None
     if arguments.model is not None:
         model = read_model(arguments.model, seq_length=arguments.seq_length)
         check_plan(plan, model=model, where=str(path))
-    text = FORMATS[arguments.format](plan, path, model)
+    if target is not None:
+        text = _deepspeed(plan, model, arguments, target)
+    else:
+        text = FORMATS[arguments.format](plan, path, model)
     if arguments.output is None:
         sys.stdout.write(text)
     else:
