@@ -77,10 +77,11 @@ class Channel:
         if self.rank == 0:
             try:
                 answer = work()
+                text = json.dumps({"value": answer})
             except BaseException as error:
                 self._tell_error(key, error)
                 raise
-            self._store.set(key, json.dumps({"value": answer}))
+            self._store.set(key, text)
             return answer
         try:
             self._store.wait([key], self._timeout)

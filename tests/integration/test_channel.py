@@ -56,6 +56,12 @@ def test_an_error_of_rank_zero_reaches_all_and_rank_zero_waits_for_them(three):
     assert [type(error) for error in errors] == [GalvatronError, ToldByRankZeroError, ToldByRankZeroError]
 
 
+def test_an_answer_that_cannot_be_told_does_not_leave_ranks_waiting(three):
+    errors = on_all(three, lambda c: c.share(lambda: {1, 2}))
+    assert isinstance(errors[0], TypeError)
+    assert all(isinstance(error, ToldByRankZeroError) and "set" in str(error) for error in errors[1:])
+
+
 def test_a_mistake_in_our_code_does_not_leave_ranks_waiting(three):
     errors = on_all(three, lambda c: c.share(lambda: 1 // 0))
     assert isinstance(errors[0], ZeroDivisionError)
