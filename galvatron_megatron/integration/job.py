@@ -60,8 +60,10 @@ class PlannedJob:
         planner = made[0] if made else self._planner()
         self.decision = planner.decide()
         plan = self.decision.plan
-        planner.apply(plan, args)
-        if args.rank == 0:
+        self._channel.share(lambda: planner.apply(plan, args))
+        if args.rank:
+            planner.apply(plan, args)
+        else:
             words = command_line(plan, planner.model, sharding_by_runtime=not runs_on_stock_megatron(plan))
             print("\n".join(plan_lines(self.decision, shlex.join(words))), flush=True)
         self._channel.share(self._save)
