@@ -63,13 +63,15 @@ def parse(argv: list[str]) -> Namespace:
 
 @contextlib.contextmanager
 def process_group(request: Request, world_size: int) -> Iterator[None]:
-    """A fake group of so many ranks, or the real one that the environment describes."""
-    if request.fake:
-        from torch.testing._internal.distributed.fake_pg import FakeStore
+    """A fake group of so many ranks, or the real one that the environment describes, which is made once."""
+    if not request.fake:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-        dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    else:
-        dist.init_process_group("gloo")
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
         yield
     finally:
@@ -86,8 +88,9 @@ def answer(request: Request) -> list[dict[str, Any]]:
     from galvatron_megatron.profiler.trace_parts import PartTracer
 
     arguments = parse(request.argv)
-    configure_for_tracing(arguments)
+    # Before anything is set for tracing: parts are named by the layers of the command line as it stands.
     model = model_from_arguments(vars(arguments), vocab_size=request.vocab_size)
+    configure_for_tracing(arguments)
     rows = []
     for tp, *experts in dict.fromkeys((layout[0], *layout[2:]) for layout, _, _ in request.settings):
         arguments.expert_model_parallel_size, arguments.expert_tensor_parallel_size = experts

@@ -1,13 +1,18 @@
 """What autograd saves in real runs of the traced layers, with data and with real ranks over gloo."""
 
 import socket
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from galvatron_megatron.describe.megatron_args import model_from_arguments, parse_command_line
+from galvatron_megatron.plan.strategy import Strategy
 from galvatron_megatron.profiler.trace import run_worker, settings_of
-from tests.profiler.trace_cases import STRATEGIES, argv
+from tests.profiler.trace_cases import MEGATRON, STRATEGIES, argv
 
+SHARED_OUT = Strategy(tp=2, sequence_parallel=MEGATRON, expert_parallel=2, expert_tensor_parallel=1)
+TP_AND_SP = [s for s in STRATEGIES if s.tp == 2 and s.sequence_parallel is MEGATRON]
 COMPARED = (
     "activation_bytes",
     "activation_terms",
@@ -24,10 +29,11 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def run(case: str, tp: int, kernels: str) -> None:
+def run(case: str, tp: int, kernels: str, strategies: Sequence[Strategy] = STRATEGIES) -> None:
+    model = model_from_arguments(parse_command_line(argv(case)))
     request = {
         "argv": argv(case),
-        "settings": settings_of([s for s in STRATEGIES if s.tp == tp], [2]),
+        "settings": settings_of(model, [s for s in strategies if s.ranks == tp], [2]),
         "kernels": kernels,
         "fused_attention": case != "unfused",
     }
@@ -52,9 +58,7 @@ def run(case: str, tp: int, kernels: str) -> None:
     for rank in ranks:
         for fake, real in zip(traced, rank, strict=True):
             for name in COMPARED if "counts" in fake else ():
-                where = (
-                    f"{case} {kernels} {fake['part']} {fake['sequence_parallel']} {fake['recompute']} {name}"
-                )
+                where = f"{case} {kernels} {fake['part']} {fake['layout']} {fake['recompute']} {name}"
                 mine, theirs = fake["counts"][name], real["counts"][name]
                 if name in ("operators", "collectives"):
                     mine, theirs = (
@@ -69,6 +73,12 @@ def run(case: str, tp: int, kernels: str) -> None:
 @pytest.mark.parametrize(("case", "kernels"), [("grouped", "cpu"), ("experts", "gpu")])
 def test_one_rank_saves_what_was_traced(case: str, kernels: str) -> None:
     run(case, 1, kernels)
+
+
+@pytest.mark.distributed
+def test_two_ranks_with_experts_save_what_was_traced() -> None:
+    """Experts split over tp, shared out whole, and shared out without tensor parallelism."""
+    run("experts", 2, "gpu", [*TP_AND_SP, Strategy(dp=2, expert_parallel=2), SHARED_OUT])
 
 
 @pytest.mark.distributed

@@ -135,7 +135,7 @@ def test_experts_shared_out_are_traced_and_not_refused(traces: dict[str, Trace])
 
 
 def test_an_exchange_that_depends_on_data_is_refused() -> None:
-    words = " ".join(argv("experts")).replace("alltoall", "allgather").split()
+    words = " ".join(argv("experts")).replace("type flex", "type allgather").split()
     with pytest.raises(UnsupportedPlanError, match=r"allgather picks rows .*valid: alltoall"):
         trace_layers(words, [Strategy(dp=2, expert_parallel=2)], [1])
 

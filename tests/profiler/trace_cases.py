@@ -23,7 +23,7 @@ CASES = {
     + "--group-query-attention --num-query-groups 4 --qk-layernorm --kv-channels 48",
     "experts": _COMMON
     + _LLAMA
-    + _EXPERTS
+    + _EXPERTS.replace("alltoall", "flex")
     + "--moe-shared-expert-intermediate-size 192 --moe-layer-freq ([0]+[1]) "
     + "--untie-embeddings-and-output-weights",
     "latent": _COMMON
