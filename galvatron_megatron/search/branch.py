@@ -38,6 +38,8 @@ class Branch:
         self.layers = tuple(ordered)
         """One layer of every kind."""
         self.kinds = tuple(number[layer] for layer in model.layers)
+        self.counts = np.bincount(self.kinds, minlength=len(ordered))
+        """Layers of every kind."""
         self.shares = [self.kinds.count(kind) / len(self.kinds) for kind in range(len(ordered))]
         self.bases = space.bases(outer)
         self.any_setting = setting_of(outer, 1, self.bases[0])
@@ -59,6 +61,7 @@ class Branch:
         self._live: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._relaxed_chains: dict[int, tuple[Chain, dict[tuple, int]]] = {}
         self._chains: dict[tuple[int, tuple], tuple[Chain, dict[tuple, int]]] = {}
+        self._positions: dict[tuple[int, Strategy | None], tuple[np.ndarray, Positions]] = {}
         self._spans: dict[int, tuple[Spans, ...]] = {}
         self._numbered: dict = {}
         self._useful: dict[int, dict[tuple[int, bool | None], Options]] = {}
@@ -137,13 +140,17 @@ class Branch:
         if found is None:
             setting = setting_of(self.outer, virtual_stages, base)
             found = self.cost_model.embedding_cost(setting), self.cost_model.head_cost(setting)
-            checked(found[0], f"embedding under {base}")
-            checked(found[1], f"head under {base}")
             self._ends[virtual_stages, base] = found
         return found
 
     def positions(self, virtual_stages: int, base: Strategy | None) -> tuple[np.ndarray, Positions]:
         """Distinct rows of live micro-batches, and what differs between ranks; without a base, only memory."""
+        found = self._positions.get((virtual_stages, base))
+        if found is None:
+            found = self._positions[virtual_stages, base] = self._priced_positions(virtual_stages, base)
+        return found
+
+    def _priced_positions(self, virtual_stages: int, base: Strategy | None) -> tuple[np.ndarray, Positions]:
         outer, pp = self.outer, self.outer.pp
         live, distinct, classes = self.live(virtual_stages)
         budget = np.full(pp, float(self.request.memory_bytes))

@@ -101,7 +101,7 @@ def price_options(
         SearchError: a price is not a number one can plan with.
     """
     price = cost_model.layer_cost
-    rows = [checked(price(layer, s, setting), f"layer {layer} under {s}") for s in strategies]
+    rows = [checked(price(layer, s, setting), "layer {} under {}", layer, s) for s in strategies]
     layouts = [layout_ids.setdefault(s.layout, len(layout_ids)) for s in strategies]
     return Options(
         strategies=tuple(strategies),

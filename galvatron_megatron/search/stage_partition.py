@@ -92,9 +92,9 @@ class PipelineProblem:
             self._sequences: list[tuple[int, ...]] = []
             self._collect()
             if numbered is not None:
-                numbered[key] = (self._sequences, self._first, self._last, self._middle)
+                numbered[key] = (self._sequences, self._first, self._last, self._middle, self._begins)
         else:
-            self._sequences, self._first, self._last, self._middle = found
+            self._sequences, self._first, self._last, self._middle, self._begins = found
         self.is_possible = bool(self._sequences)
         if not self.is_possible:
             return
@@ -114,6 +114,8 @@ class PipelineProblem:
         self._first = np.full(width + 1, -1, dtype=np.intp)
         self._last = np.full(width + 1, -1, dtype=np.intp)
         self._middle = np.full((width + 1, band + 1), -1, dtype=np.intp)  # [end, length]
+        begins = np.arange(width + 1)[:, None] - np.arange(band + 1)[None, :]
+        self._begins = np.where(begins >= 0, begins, width + 1)  # one past the end where there is none
         if pp == 1:
             self._first[width] = self._number(0, 0, width)
             return
@@ -265,17 +267,14 @@ class PipelineProblem:
             return float(times[0, self._first[width]]), [0, width]
         reach = times[0, self._first]
         parents = []
-        if pp > 2:
-            ends = np.arange(width + 1)
-            begins = ends[:, None] - np.arange(self._middle.shape[1])[None, :]
-            valid = begins >= 0
-            begins = np.where(valid, begins, 0)
-            for position in range(1, pp - 1):
-                price = times[position][self._middle]
-                total = combine(np.where(valid, reach[begins], np.inf), price)
-                best = total.argmin(1)
-                reach = total[ends, best]
-                parents.append(begins[ends, best])
+        ends = np.arange(width + 1)
+        padded = np.full(width + 2, np.inf)
+        for position in range(1, pp - 1):
+            padded[:-1] = reach
+            total = combine(padded[self._begins], times[position][self._middle])
+            best = total.argmin(1)
+            reach = total[ends, best]
+            parents.append(self._begins[ends, best])
         total = combine(reach, times[pp - 1, self._last])
         cut = int(total.argmin())
         value = float(total[cut])

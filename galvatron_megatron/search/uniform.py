@@ -83,7 +83,7 @@ def _totals(branch: Branch, chosen: dict) -> tuple[float, float]:
         np.min([branch.options[kind, flag].prices[:2, chosen[kind, flag]] for flag in flags], axis=0)
         for kind in range(len(branch.shares))
     ]
-    total = sum(per_kind[kind] for kind in branch.kinds)
+    total = branch.counts @ np.array(per_kind)
     return float(total[0]), float(total[1])
 
 
