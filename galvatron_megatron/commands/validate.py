@@ -2,12 +2,14 @@
 
 import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
 from galvatron_megatron.cost.records.tables import read_table
-from galvatron_megatron.cost.validation import Predictor, validate_table
-from galvatron_megatron.describe.cluster import read_cluster
+from galvatron_megatron.cost.validation import Predictor, TableReport, shipped_test_bed, validate_table
+from galvatron_megatron.describe.cluster import Cluster, read_cluster
 from galvatron_megatron.report.terminal import terminal
 from galvatron_megatron.report.validation_report import accuracy_page, print_reports, report_document
 
@@ -70,7 +72,22 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({report.table.name: report_document(report) for report in reports}, indent=2))
     elif arguments.markdown:
-        print(accuracy_page(reports), end="")
+        alone = constants_alone(paths) if arguments.cluster is None else []
+        print(accuracy_page(reports, alone), end="")
     else:
         print_reports(terminal(), reports)
     return 0
+
+
+def constants_alone(paths: Sequence[Path]) -> list[TableReport]:
+    """Reports of the tables whose test beds have layer factors, predicted without these."""
+
+    def without_factors(name: str) -> Cluster:
+        return replace(shipped_test_bed(name), layer_factors=())
+
+    tables = [read_table(path) for path in paths]
+    return [
+        validate_table(table, Predictor(without_factors))
+        for table in tables
+        if any(shipped_test_bed(name).layer_factors for name in {run.cluster for run in table.runs})
+    ]

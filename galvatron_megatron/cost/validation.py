@@ -4,14 +4,23 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.resources import files
+from math import log
 from pathlib import Path
 
 from galvatron_megatron.cost.analytic import AnalyticCostModel
 from galvatron_megatron.cost.estimate import estimate_plan
+from galvatron_megatron.cost.protocol import Setting
 from galvatron_megatron.cost.records.mist import OperatorPlan, operator_plan_prediction
 from galvatron_megatron.cost.records.tables import Table, Unread, fitting_rows
 from galvatron_megatron.cost.records.values import MeasuredRun
-from galvatron_megatron.cost.statistics import ErrorFigures, error_figures, rank_correlation, regret
+from galvatron_megatron.cost.statistics import (
+    ErrorFigures,
+    error_figures,
+    expected_correlation,
+    rank_correlation,
+    regret,
+    spread_within,
+)
 from galvatron_megatron.describe.cluster import Cluster, read_cluster
 from galvatron_megatron.errors import GalvatronError
 
@@ -45,6 +54,12 @@ class TableReport:
     worst_memory: str
     rank_correlations: tuple[tuple[str, float, int], ...]
     """(model and devices, Spearman of time per sample, rows)."""
+    layer_spread: float
+    """How far measured / predicted of runs of one model with equal layers (same kernels on same shapes) lies
+    apart, as a standard deviation: what no model of the layers can follow. 0 where no layers are repeated."""
+    reachable: tuple[tuple[str, float, float], ...]
+    """(model and devices, Spearman expected of a model whose only error is ``layer_spread``, at random; how
+    often it would be ``GOOD_CORRELATION``)."""
     regrets: tuple[tuple[str, float, int], ...]
     """(model, devices and batch, regret, rows)."""
     unexplained: tuple[Unread, ...]
@@ -122,6 +137,7 @@ def validate_table(table: Table, predict: Predictor | None = None) -> TableRepor
     time, worst_time = _time_figures(held_out)
     memory, worst_memory = _memory_figures(held_out)
     timed = [prediction for prediction in held_out if prediction.run.step_seconds]
+    spread = spread_within(_equal_layers(predictions, predict))
     return TableReport(
         table=table,
         predictions=tuple(predictions),
@@ -129,8 +145,13 @@ def validate_table(table: Table, predict: Predictor | None = None) -> TableRepor
         worst_time=worst_time,
         memory=memory,
         worst_memory=worst_memory,
-        rank_correlations=_by_group(
-            timed, lambda run: f"{run.model.name} on {run.plan.world_size} devices", _LEAST_GROUP, _correlation
+        rank_correlations=_by_group(timed, _model_and_devices, _LEAST_GROUP, _correlation),
+        layer_spread=spread,
+        reachable=tuple(
+            (name, *reached)
+            for name, reached, _ in _by_group(
+                timed, _model_and_devices, _LEAST_GROUP, lambda members: _reachable(members, spread)
+            )
         ),
         regrets=_by_group(timed, lambda run: run.group, 2, _regret),
         unexplained=tuple(sorted(apart, key=lambda row: row.row)),
@@ -159,12 +180,27 @@ def _memory_figures(predictions: Iterable[RunPrediction]) -> tuple[ErrorFigures 
     return figures, pairs[figures.worst_index][2]
 
 
-def _by_group(
+def _model_and_devices(run: MeasuredRun) -> str:
+    return f"{run.model.name} on {run.plan.world_size} devices"
+
+
+def _equal_layers(predictions: Iterable[RunPrediction], predict: Predictor) -> list[list[float]]:
+    """Logarithms of measured / predicted time, one list for every layer that runs of one model share."""
+    groups: dict[tuple, list[float]] = defaultdict(list)
+    for prediction in predictions:
+        run = prediction.run
+        if run.step_seconds and not isinstance(run.plan, OperatorPlan):
+            work = predict.cost_model(run).layer_work(0, run.plan.layers[0].strategy, Setting.of(run.plan))
+            groups[run.model.layers[0], work].append(log(run.step_seconds / prediction.step_seconds))
+    return list(groups.values())
+
+
+def _by_group[Figure](
     predictions: Iterable[RunPrediction],
     group_of: Callable[[MeasuredRun], str],
     least: int,
-    figure: Callable[[list[RunPrediction]], float],
-) -> tuple[tuple[str, float, int], ...]:
+    figure: Callable[[list[RunPrediction]], Figure],
+) -> tuple[tuple[str, Figure, int], ...]:
     groups: dict[str, list[RunPrediction]] = defaultdict(list)
     for prediction in predictions:
         groups[group_of(prediction.run)].append(prediction)
@@ -180,6 +216,12 @@ def _correlation(members: list[RunPrediction]) -> float:
     return rank_correlation(
         [member.step_seconds / count for member, count in zip(members, samples, strict=True)],
         [member.run.step_seconds / count for member, count in zip(members, samples, strict=True)],
+    )
+
+
+def _reachable(members: list[RunPrediction], spread: float) -> tuple[float, float]:
+    return expected_correlation(
+        [member.run.step_seconds / member.run.plan.global_batch_size for member in members], spread
     )
 
 

@@ -1,5 +1,7 @@
 """Collectives against measured curves and against each other."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,6 +53,19 @@ def test_groups_share_the_adapters_of_a_node() -> None:
     whole = collective_seconds("all_reduce", size, 16, 1, place)
     pairs = collective_seconds("all_reduce", size, 2, 8, place)
     assert 3 < pairs / whole < 8
+
+
+def test_rings_that_leave_by_the_adapter_they_came_in_by() -> None:
+    """Groups of some devices of a node drive one share of its adapters; whole nodes and single devices all."""
+    spread, size = cluster("h100", 4), 10**9
+    bound = replace(spread, inter_node=replace(spread.inter_node, spreads_groups=False))
+    for stride, ranks, slower in ((1, 32, 1), (2, 16, 4), (4, 8, 2), (8, 4, 1)):
+        before, after = (
+            collective_seconds("all_reduce", size, ranks, stride, place) for place in (spread, bound)
+        )
+        assert after / before == pytest.approx(slower, rel=0.02)
+    with pytest.raises(DescriptionError, match="spreads_groups"):
+        replace(spread.inter_node, spreads_groups="no")
 
 
 def test_between_nodes_is_slower() -> None:

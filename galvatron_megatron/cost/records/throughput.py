@@ -34,8 +34,8 @@ def vtrain_run(reader: RowReader) -> MeasuredRun:
 
     DeepSpeed's pipeline engine cuts what it sends over the tensor-parallel group (``is_pipe_partitioned``). The
     models on many nodes only fit with full recomputation. Those on one node ran without: one more sample cost a
-    layer of hidden size 2048 1.87 ms at tp 1, in which four passes over its GEMMs (447 GFLOP)
-    would need more than the device's peak beside the memory traffic of its score matrices.
+    layer of hidden size 2048 at tp 1 1.88 ms, in which recomputation (447 GFLOP) would take 95 % of the
+    device's peak beside memory traffic at full bandwidth; without it (335 GFLOP) that is 66 %.
     """
     model = _dense_gpt(reader, _GPT2_VOCABULARY)
     tp, dp, pp, micro = (reader.integer(name) for name in ("tp", "dp", "pp", "micro_batch"))
