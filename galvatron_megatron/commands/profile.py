@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from galvatron_megatron.describe.host import gpus, processor_name, software_versions
@@ -26,6 +27,7 @@ from galvatron_megatron.describe.profile_store import (
     write_profile,
 )
 from galvatron_megatron.errors import GalvatronError, did_you_mean
+from galvatron_megatron.integration.launcher import adopt_environment
 from galvatron_megatron.plan.document import check_target
 from galvatron_megatron.report.profile_report import plot_profile, print_list, print_profile
 from galvatron_megatron.report.terminal import terminal
@@ -189,6 +191,11 @@ def _measure(arguments: argparse.Namespace, directory: Path, megatron: list[str]
         for value in getattr(arguments, name) or ():
             if value < 1:
                 raise GalvatronError(f"--{name.replace('_', '-')}: {value}; valid: an integer >= 1")
+    for module, package in (("torch", "torch"), ("megatron", "megatron-core")):
+        if find_spec(module) is None:
+            raise GalvatronError(
+                f"profile: {package} is not installed; valid: pip install 'galvatron_megatron[train]' to measure"
+            )
     device = arguments.device or ("cuda" if gpus() else "cpu")
     request = {
         "megatron": megatron,
@@ -199,11 +206,13 @@ def _measure(arguments: argparse.Namespace, directory: Path, megatron: list[str]
         "tps": arguments.tp,
         "again": arguments.again,
     }
-    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+    # srun and mpirun have names of their own for what torchrun says; a batch script under Slurm is no rank.
+    adopt_environment()
+    if "RANK" in os.environ:
         from galvatron_megatron.commands.profile_worker import run_rank
 
         fingerprint = run_rank(request)
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))):
+        if int(os.environ["RANK"]):
             return 0
     else:
         count = arguments.ranks or (gpus() if device == "cuda" else len(os.sched_getaffinity(0)))

@@ -7,10 +7,11 @@ import pytest
 from profiles import small_model, small_profile
 
 from galvatron_megatron.cli import main
+from galvatron_megatron.commands import profile as command
 from galvatron_megatron.describe.megatron_args import model_from_arguments, parse_command_line
 from galvatron_megatron.describe.megatron_flags_of import flags_of
 from galvatron_megatron.describe.profile_store import from_json, read_profile, write_profile
-from galvatron_megatron.errors import DescriptionError
+from galvatron_megatron.errors import DescriptionError, GalvatronError
 
 PROFILE = small_profile(small_model())
 
@@ -115,3 +116,23 @@ def test_a_model_that_flags_cannot_say_is_refused():
     other = replace(model.layers[0], mlp=replace(model.layers[0].mlp, ffn_hidden_size=256))
     with pytest.raises(DescriptionError, match="not equal dense blocks"):
         flags_of(replace(model, layers=(*model.layers, other)))
+
+
+def test_a_batch_script_under_slurm_is_no_rank_and_starts_ranks(tmp_path, capsys, monkeypatch):
+    def start(request, count, timeout_seconds):
+        raise GalvatronError(f"{count} ranks are to be started")
+
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(command, "_start_ranks", start)
+    code, _, err = profile(capsys, "--model", "gpt3-125m", "--ranks", "3", "--directory", tmp_path)
+    assert code == 2 and err == "galvatron profile: 3 ranks are to be started\n"
+
+
+def test_measuring_without_torch_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    code, _, err = profile(capsys, "--model", "gpt3-125m", "--directory", tmp_path)
+    assert code == 2 and err == (
+        "galvatron profile: profile: torch is not installed; valid: pip install 'galvatron_megatron[train]' to "
+        "measure\n"
+    )
