@@ -194,7 +194,7 @@ def _measure(arguments: argparse.Namespace, directory: Path, megatron: list[str]
     for module, package in (("torch", "torch"), ("megatron", "megatron-core")):
         if find_spec(module) is None:
             raise GalvatronError(
-                f"profile: {package} is not installed; valid: pip install 'galvatron_megatron[train]' to measure"
+                f"{package} is not installed; valid: pip install 'galvatron_megatron[train]' to measure"
             )
     device = arguments.device or ("cuda" if gpus() else "cpu")
     request = {

@@ -133,6 +133,5 @@ def test_measuring_without_torch_says_what_to_install(tmp_path, capsys, monkeypa
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     code, _, err = profile(capsys, "--model", "gpt3-125m", "--directory", tmp_path)
     assert code == 2 and err == (
-        "galvatron profile: profile: torch is not installed; valid: pip install 'galvatron_megatron[train]' to "
-        "measure\n"
+        "galvatron profile: torch is not installed; valid: pip install 'galvatron_megatron[train]' to measure\n"
     )
