@@ -1,7 +1,7 @@
 """The analytic cost model: prices layers from counts, a device's constants and the links of a cluster."""
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Protocol
 
@@ -9,6 +9,7 @@ from galvatron_megatron.cost.communication import collective_seconds
 from galvatron_megatron.cost.compute import (
     BACKWARD_PHASES,
     FORWARD_PHASES,
+    PhaseSeconds,
     element_bytes,
     operator_seconds,
     phase_seconds,
@@ -44,6 +45,29 @@ _embedding_counts = lru_cache(maxsize=4096)(embedding_counts)
 _head_counts = lru_cache(maxsize=4096)(head_counts)
 
 
+@lru_cache(maxsize=4096)
+def _counted(strategy: Strategy) -> Strategy:
+    """What of a strategy counts depend on: data parallelism enters through the samples of a rank, and where
+    states lie changes no operator."""
+    shared_out = (strategy.expert_parallel, strategy.expert_tensor_parallel) != (1, None)
+    dp = strategy.dp if shared_out else 1
+    return replace(strategy, dp=dp, zero=0, offload=Offload.NONE)
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class _PhaseWork:
+    """What a forward or backward pass of one micro-batch takes before anything is sharded, seconds."""
+
+    work: PhaseSeconds
+    exchanged: float
+    """Collectives in the way of computation."""
+    hidden: float
+    """Collectives behind other work."""
+    dispatch: float
+    issued: float
+    """Host time."""
+
+
 class CountSource(Protocol):
     """Where counts come from: closed forms, or a trace of the real layers."""
 
@@ -69,13 +93,13 @@ class _ClosedForms:
         self._implementation = implementation
 
     def layer(self, layer: Layer, strategy: Strategy, samples: int) -> LayerCounts:
-        return _layer_counts(self._sizes, layer, strategy, samples, self._implementation)
+        return _layer_counts(self._sizes, layer, _counted(strategy), samples, self._implementation)
 
     def embedding(self, base: Strategy, samples: int) -> LayerCounts:
-        return _embedding_counts(self._sizes, base, samples, self._implementation)
+        return _embedding_counts(self._sizes, _counted(base), samples, self._implementation)
 
     def head(self, base: Strategy, samples: int) -> LayerCounts:
-        return _head_counts(self._sizes, base, samples, self._implementation)
+        return _head_counts(self._sizes, _counted(base), samples, self._implementation)
 
 
 class AnalyticCostModel:
@@ -101,6 +125,7 @@ class AnalyticCostModel:
         self._closed = _ClosedForms(model, self.options.implementation)
         self._counts: CountSource = counts or self._closed
         self._factors = {(flops, size, sent): factor for flops, size, sent, factor in cluster.layer_factors}
+        self._phases: dict[tuple, tuple[LayerCounts, _PhaseWork]] = {}
         self._priced = lru_cache(maxsize=None)(self._price_layer)
         self._embedding = lru_cache(maxsize=None)(self._price_embedding)
         self._head = lru_cache(maxsize=None)(self._price_head)
@@ -275,7 +300,6 @@ class AnalyticCostModel:
             copy_stride: distance between the first and the last stage's ranks.
         """
         cluster, constants = self.cluster, self.cluster.constants
-        precision = self.model.precision
         parameters = counts.parameters - shared_weight
         instances = self.options.optimizer_instances if strategy.zero else 1
         shares = parameter_shares(parameters, counts.parameters_expert, strategy, instances)
@@ -290,11 +314,9 @@ class AnalyticCostModel:
         factor = self._factors.get(counts.work, 1.0) if self._factors else 1.0
         phases, terms = {}, []
         for name, wanted in (("forward", FORWARD_PHASES), ("backward", BACKWARD_PHASES)):
-            work = phase_seconds(counts.operators, wanted, cluster.device, constants, precision)
-            exchanged, hidden = self._exchanges(counts, strategy, wanted)
-            issued = work.host + _collectives_issued(counts, wanted) * constants.host_us * MICROSECOND
-            busy = work.device
-            dispatch = self._dispatch(counts, strategy, wanted)
+            done = self._phase_work(counts, strategy, wanted)
+            work, exchanged, hidden, dispatch = done.work, done.exchanged, done.hidden, done.dispatch
+            issued, busy = done.issued, work.device
             if self.options.overlap_tensor_parallel:
                 exchanged, hidden = dispatch, hidden + exchanged - dispatch
             communication = exchanged + exposed_seconds(hidden, work.gemm, constants.overlap_slowdown)
@@ -363,6 +385,26 @@ class AnalyticCostModel:
             activation_terms=kept,
             slack_bytes=slack,
         )
+
+    def _phase_work(self, counts: LayerCounts, strategy: Strategy, phases: tuple[str, ...]) -> _PhaseWork:
+        """Computation and collectives of some phases; the same for every ZeRO stage and number of
+        micro-batches."""
+        key = (id(counts), _counted(strategy), phases)
+        known = self._phases.get(key)
+        if known is not None:
+            return known[1]
+        cluster, constants = self.cluster, self.cluster.constants
+        work = phase_seconds(counts.operators, phases, cluster.device, constants, self.model.precision)
+        exchanged, hidden = self._exchanges(counts, strategy, phases)
+        found = _PhaseWork(
+            work=work,
+            exchanged=exchanged,
+            hidden=hidden,
+            dispatch=self._dispatch(counts, strategy, phases),
+            issued=work.host + _collectives_issued(counts, phases) * constants.host_us * MICROSECOND,
+        )
+        self._phases[key] = (counts, found)  # counts are kept, so that no other object gets their id
+        return found
 
     def _reduce_seconds(self, share: Share, *, sharded: bool) -> float:
         """Reduction of gradients: scattered where states are sharded, then summed over instances of shards."""
