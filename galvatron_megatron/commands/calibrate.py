@@ -89,7 +89,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(document, indent=2))
         return 0
     console = terminal()
-    shown = Table(title=f"{cluster.name}, fitted on {fit.cluster.calibration.runs} runs", title_justify="left")
+    calibration = fit.cluster.calibration
+    fitted_runs = max(calibration.runs, calibration.memory_runs)
+    shown = Table(title=f"{cluster.name}, fitted on {fitted_runs} runs", title_justify="left")
     shown.add_column("constant")
     shown.add_column("before", justify="right")
     shown.add_column("after", justify="right")
@@ -109,6 +111,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
         if others:
             console.print(f"mean error {fit.cluster.calibration.mean_error:.1%} on {len(others)} held-out runs")
+    if calibration.memory_runs:
+        judged = "held-out runs" if any(run.peak_bytes for run in others) else "the runs fitted"
+        console.print(f"memory: mean error {calibration.memory_mean_error:.1%} on {judged}")
     if arguments.output is not None:
         console.print(f"written to {arguments.output}")
     return 0
