@@ -15,6 +15,7 @@ from importlib import import_module
 
 from galvatron_megatron import __version__
 from galvatron_megatron.errors import EXIT_CODE, GalvatronError, did_you_mean
+from galvatron_megatron.plan.checks import shown
 
 COMMANDS = {
     "search": "find the fastest plan for a model on a cluster",
@@ -91,7 +92,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:
         if error.errno not in _OUT_OF_SPACE:
-            raise
+            if error.filename is None:
+                raise
+            # A name that is too long, or a place that may not be looked into: nothing of the program's making.
+            path = shown(str(error.filename))
+            print(
+                f"galvatron {arguments.command}: {path}: {error.strerror}; valid: a path that can be used",
+                file=sys.stderr,
+            )
+            return EXIT_CODE
         print(f"galvatron {arguments.command}: output cannot be written ({error.strerror})", file=sys.stderr)
         # What is still in the buffer would fail again at exit, with a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -28,6 +28,15 @@ def test_a_wrong_word_ends_in_one_line(words, message, capsys):
     assert error.startswith(message) and error.count("\n") == 1
 
 
+def test_a_path_that_the_system_refuses_ends_in_one_line(capsys):
+    assert main(["export", "p" * 5000]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "File name too long; valid: a path" in error and len(error) < 250
+    words = ["search", "--model", "gpt3-125m", "--cluster", "h100", "--global-batch-size", "8"]
+    assert main([*words, "--output", "p" * 5000 + ".yaml"]) == 2
+    assert "cannot be written (File name too long)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit, match="0"):

@@ -146,14 +146,18 @@ def check_target(
     """
     if suffixes and path.suffix not in suffixes:
         raise error(f"{where} {path}: unknown kind of file; valid: a name that ends with {', '.join(suffixes)}")
-    if not path.parent.is_dir():
-        problem = f"directory {path.parent} does not exist"
-    elif path.is_dir():
-        problem = "is a directory"
-    elif not os.access(path.parent, os.W_OK | os.X_OK):
-        problem = f"directory {path.parent} is not writable"
-    else:
-        return
+    try:
+        if not path.parent.is_dir():
+            problem = f"directory {path.parent} does not exist"
+        elif path.is_dir():
+            problem = "is a directory"
+        elif not os.access(path.parent, os.W_OK | os.X_OK):
+            problem = f"directory {path.parent} is not writable"
+        else:
+            return
+    except OSError as cause:
+        # A name that is too long, or a directory above that may not be looked into.
+        problem = f"cannot be written ({cause.strerror})"
     raise error(f"{where} {path}: {problem}; valid: a file in a writable directory")
 
 
