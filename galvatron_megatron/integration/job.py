@@ -18,6 +18,7 @@ from galvatron_megatron.integration.planning import JobPlanner
 from galvatron_megatron.integration.presentation import plan_lines
 from galvatron_megatron.plan.megatron_arguments import command_line, runs_on_stock_megatron
 from galvatron_megatron.plan.serialization import write_plan
+from galvatron_megatron.runtime.zero import is_left_to_megatron
 
 
 class PlannedJob:
@@ -81,7 +82,7 @@ class PlannedJob:
             GalvatronError: the plan cannot run here.
         """
         # Also a plan that Megatron runs by itself: what it saves must load under the plan of a later job.
-        if not runs_on_stock_megatron(self.decision.plan) or args.save or args.load:
+        if not is_left_to_megatron(self.decision.plan, args) or args.save or args.load:
             from galvatron_megatron.runtime import attach
 
             self._channel.share(lambda: attach.check_supported(self.decision.plan, args))

@@ -12,6 +12,7 @@ from galvatron_megatron.integration.start_up import FLAG_PREFIX
 from galvatron_megatron.plan.document import SUFFIXES, check_target
 
 DEVICES = ("cuda", "cpu")
+ZERO_BACKENDS = ("megatron", "deepspeed")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +62,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--galvatron-observe",
         metavar="DIRECTORY",
         help="Under a plan whose layers differ: record the time of every layer, one file per rank.",
+    )
+    group.add_argument(
+        "--galvatron-zero-backend",
+        metavar="NAME",
+        default=ZERO_BACKENDS[0],
+        help="Who shards optimizer states alone (ZeRO 1): megatron (default), or deepspeed, which shards "
+        "gradients and parameters (ZeRO 2 and 3) in any case.",
     )
     group.add_argument(
         "--galvatron-device",
@@ -129,6 +137,11 @@ class Options:
             raise GalvatronError(
                 f"--galvatron-device: {args.galvatron_device!r} is unknown; "
                 f"{did_you_mean(args.galvatron_device, DEVICES)}"
+            )
+        if args.galvatron_zero_backend not in ZERO_BACKENDS:
+            raise GalvatronError(
+                f"--galvatron-zero-backend: {args.galvatron_zero_backend!r} is unknown; "
+                f"{did_you_mean(args.galvatron_zero_backend, ZERO_BACKENDS)}"
             )
         options = Options(
             auto=args.galvatron_auto,

@@ -8,7 +8,7 @@ from galvatron_megatron.plan.strategy import Offload, SequenceParallel, Strategy
 RUNNABLE_KINDS = (LayerKind.BLOCK, LayerKind.ATTENTION, LayerKind.MLP)
 """Kinds of layer that may differ in strategy."""
 
-HIGHEST_ZERO = 1
+HIGHEST_ZERO = 3
 """Highest ZeRO stage that is executed."""
 
 
@@ -47,7 +47,7 @@ def _strategy_problem(where: str, strategy: Strategy) -> str | None:
     if strategy.offload is not Offload.NONE:
         return f"{where}.offload: {strategy.offload.value}; valid: none (galvatron export --deepspeed keeps it)"
     if strategy.zero > HIGHEST_ZERO:
-        return f"{where}.zero: {strategy.zero}; valid: 0, 1"
+        return f"{where}.zero: {strategy.zero}; valid: 0 to {HIGHEST_ZERO}"
     if strategy.cp > 1:
         return f"{where}.cp: {strategy.cp}; valid where layers differ: 1"
     return None

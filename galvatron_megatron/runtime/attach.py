@@ -30,7 +30,6 @@ from megatron.training import checkpointing, training
 from megatron.training.models import dist_utils
 
 from galvatron_megatron.errors import UnsupportedPlanError
-from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.serialization import plan_to_dict
 from galvatron_megatron.runtime.checkpoint import CONTENT, ReshardableOptimizer
@@ -41,6 +40,7 @@ from galvatron_megatron.runtime.norms import allow_sequence_parallel
 from galvatron_megatron.runtime.observe import LayerObserver
 from galvatron_megatron.runtime.optimizer import PlannedOptimizer, build_optimizer
 from galvatron_megatron.runtime.support import check_stage, check_supported
+from galvatron_megatron.runtime.zero import is_left_to_megatron, uses_deepspeed
 
 HOOKED: tuple[tuple[Any, str], ...] = (
     (GPTModel, "__init__"),
@@ -70,7 +70,7 @@ class Attachment:
         self._args = args
         self._context: RuntimeContext | None = None
         self._originals = [(owner, name, getattr(owner, name)) for owner, name in HOOKED]
-        if runs_on_stock_megatron(plan):
+        if is_left_to_megatron(plan, args):
             replacements: tuple[Any, ...] = tuple(original for _, _, original in self._originals)
             if _can_reshard(args):
                 replacements = (
@@ -192,6 +192,8 @@ def install(plan: Plan, args: Any) -> None:
     if _attached is not None:
         raise UnsupportedPlanError("a plan is attached already; valid: one plan per job")
     check_supported(plan, args)
+    if uses_deepspeed(plan, args):
+        args.gradient_accumulation_fusion = False  # adds to buffers that ZeRO's engines do not have
     args.galvatron_attached_plan = plan_to_dict(plan)  # Megatron stores its arguments in every checkpoint
     _attached = Attachment(plan, args)
 

@@ -24,6 +24,8 @@ from megatron.core.optimizer.optimizer import (
 )
 
 from galvatron_megatron.errors import PlanError
+from galvatron_megatron.runtime.zero_optimizer import STATES, ZeroOptimizer
+from galvatron_megatron.runtime.zero_whole import parameter_of
 
 MARK = "galvatron_optimizer_states"
 CONTENT = {
@@ -38,7 +40,6 @@ Megatron stacks equal layers into one tensor with one grid of pieces, into which
 tensor-parallel degrees do not fit: ``non_homogeneous_layers`` gives each layer its own name.
 """
 
-_STATES = ("exp_avg", "exp_avg_sq")
 _Sharded = ShardedTensor | ShardedTensorFactory
 
 
@@ -82,6 +83,8 @@ class ReshardableOptimizer(ChainedOptimizer):
                 state = optimizer.sharded_param_state_fully_reshardable(
                     model_sharded_state_dict, is_loading, {}
                 )
+            elif isinstance(optimizer, ZeroOptimizer):
+                state = _sharded_states(optimizer, entries)
             else:
                 state = _replicated_states(optimizer, entries)
             states[f"optimizer{index}"] = {str(number): tensors for number, tensors in state.items()}
@@ -112,6 +115,8 @@ class ReshardableOptimizer(ChainedOptimizer):
                 for state in optimizer.optimizer.state.values():
                     state.pop("step", None)  # Megatron's loader takes every tensor here for a sharded one
                 optimizer.load_parameter_state_from_fully_reshardable(loaded)
+            elif isinstance(optimizer, ZeroOptimizer):
+                optimizer.take_states(loaded)
             else:
                 _take_replicated_states(optimizer, loaded)
             _take_settings(optimizer, settings)
@@ -129,6 +134,9 @@ class ReshardableOptimizer(ChainedOptimizer):
 
 def initialise_states(optimizer: MegatronOptimizer) -> None:
     """Creates the states of an optimizer that has not made a step yet: zeros, as at the first step."""
+    if isinstance(optimizer, ZeroOptimizer):
+        optimizer.initialise_states()
+        return
     inner = optimizer.optimizer
     optimizer.init_state_fn(inner, optimizer.config)
     if isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
@@ -139,7 +147,7 @@ def initialise_states(optimizer: MegatronOptimizer) -> None:
 def _by_tensor(model_sharded_state_dict: Any) -> dict[int, _Sharded]:
     """The model's checkpoint entries by the identity of their parameter."""
     sharded, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
-    return {id(entry.data): entry for entry in nested_values(sharded)}
+    return {id(parameter_of(entry.data)): entry for entry in nested_values(sharded)}
 
 
 def _parameters(optimizer: MegatronOptimizer) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -158,7 +166,7 @@ def _replicated_states(
     """Checkpoint entries of the states of an optimizer that does not shard."""
     states = {}
     for number, (model, main) in enumerate(_parameters(optimizer)):
-        tensors = {"param": main.detach(), **{key: optimizer.optimizer.state[main][key] for key in _STATES}}
+        tensors = {"param": main.detach(), **{key: optimizer.optimizer.state[main][key] for key in STATES}}
         states[number] = {
             key: make_sharded_optimizer_tensor(entries[id(model)], tensor, prefix=f"optimizer.state.{key}")
             for key, tensor in tensors.items()
@@ -166,11 +174,22 @@ def _replicated_states(
     return states
 
 
+def _sharded_states(optimizer: ZeroOptimizer, entries: dict[int, _Sharded]) -> dict[int, dict[str, _Sharded]]:
+    """Checkpoint entries of the states of an optimizer whose ranks keep parts of them."""
+    return {
+        number: {
+            key: make_sharded_optimizer_tensor(entries[id(model)], tensor, prefix=f"optimizer.state.{key}")
+            for key, tensor in tensors.items()
+        }
+        for number, (model, tensors) in enumerate(optimizer.whole_states())
+    }
+
+
 @torch.no_grad()
 def _take_replicated_states(optimizer: MegatronOptimizer, loaded: dict[int, dict[str, Any]]) -> None:
     for number, (_, main) in enumerate(_parameters(optimizer)):
         main.copy_(loaded[number]["param"])
-        for key in _STATES:
+        for key in STATES:
             optimizer.optimizer.state[main][key].copy_(loaded[number][key])
 
 
@@ -208,7 +227,7 @@ def _take_settings(optimizer: MegatronOptimizer, settings: dict[str, Any]) -> No
     saved = {_identity(group): group for group in settings["param_groups"]}
     inner = optimizer.optimizer
     for group in inner.param_groups:
-        if not group["params"]:
+        if not group["params"] and not isinstance(optimizer, ZeroOptimizer):
             continue
         if _identity(group) not in saved:
             raise PlanError(f"checkpoint: no optimizer settings for parameters of kind {_identity(group)}")

@@ -25,6 +25,7 @@ from galvatron_megatron.runtime.layout import Layout, block_ranks
 from galvatron_megatron.runtime.observe import LayerObserver
 from galvatron_megatron.runtime.random_streams import RandomStreams
 from galvatron_megatron.runtime.resharding import Resharder, TrafficCounter
+from galvatron_megatron.runtime.zero import zero_backend
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -77,6 +78,8 @@ class RuntimeContext:
     rank: int
     """Of this process inside its stage."""
     streams: RandomStreams
+    zero_backend: str = "megatron"
+    """Who runs ZeRO 1."""
     traffic: TrafficCounter = field(default_factory=TrafficCounter)
     observer: LayerObserver | None = None
     _resharders: dict[tuple[Layout, Layout], Resharder] = field(default_factory=dict)
@@ -104,7 +107,15 @@ class RuntimeContext:
         rank = dist.get_rank() % stage_ranks
         stage = parallel_state.get_pipeline_model_parallel_rank()
         streams = RandomStreams(seed=args.seed + 100 * stage, rank=rank, base=Layout.of(plan.base))
-        return cls(plan=plan, registry=registry, groups=megatron, rank=rank, streams=streams, observer=observer)
+        return cls(
+            plan=plan,
+            registry=registry,
+            groups=megatron,
+            rank=rank,
+            streams=streams,
+            zero_backend=zero_backend(args),
+            observer=observer,
+        )
 
     def layer(self, index: int) -> LayerContext:
         """How layer ``index`` of the model runs on this rank.

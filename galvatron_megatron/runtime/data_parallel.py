@@ -14,6 +14,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from galvatron_megatron.runtime.context import RuntimeContext, StateClass
 from galvatron_megatron.runtime.layers import PlannedLayer
+from galvatron_megatron.runtime.zero import ZeroPart, is_deepspeed
 
 
 class ParameterView(torch.nn.Module):
@@ -133,13 +134,14 @@ class PlannedDataParallel(DistributedDataParallel):
         base = StateClass.of(runtime.plan.base)
         groups = parameters_by_class(module, base, runtime.state_classes)
         scale = 1.0 if config.calculate_per_token_loss else 1.0 / runtime.groups.dp_cp.size()
-        self.parts: dict[StateClass, DistributedDataParallel] = {
+        self.parts: dict[StateClass, DistributedDataParallel | ZeroPart] = {
             state_class: _build_part(
                 config, ddp_config, module, disable_bucketing, runtime, state_class, parameters, scale
             )
             for state_class, parameters in groups.items()
         }
         """One DDP per class of the plan, in an order equal on all ranks; empty where the chunk has none."""
+        self._zero_parts = [part for part in self.parts.values() if isinstance(part, ZeroPart)]
         parts = self.parts.values()
         self.buffers = [buffer for part in parts for buffer in part.buffers]
         self.expert_parallel_buffers = []
@@ -154,7 +156,29 @@ class PlannedDataParallel(DistributedDataParallel):
         self.tp_group, self.pp_group, self.ep_group = own.tp_group, own.pp_group, own.ep_group
         self.expt_dp_group = self.intra_expt_dp_group = own.expt_dp_group
         self.bucket_size = own.bucket_size
-        self._summed_over_tp = _partial_gradients(module)
+        self._summed_over_tp = _partial_gradients(module, self._zero_parts)
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Runs the model chunk; its backward pass is announced to ZeRO's engines.
+
+        Args:
+            *inputs: of the chunk.
+            **kwargs: of the chunk.
+        """
+        output = super().forward(*inputs, **kwargs)
+        if self._zero_parts and isinstance(output, torch.Tensor) and output.requires_grad:
+            # Of all schedules only autograd knows when a chunk's backward pass runs, and when it is over.
+            output.register_hook(self._backward_begins)
+        return output
+
+    def _backward_begins(self, gradient: torch.Tensor) -> None:
+        for part in self._zero_parts:
+            part.begin_backward()
+        torch.autograd.Variable._execution_engine.queue_callback(self._backward_ends)
+
+    def _backward_ends(self) -> None:
+        for part in self._zero_parts:
+            part.end_backward()
 
     @property
     def force_all_reduce(self) -> bool:
@@ -270,10 +294,12 @@ def _build_part(
     state_class: StateClass,
     parameters: list[torch.nn.Parameter],
     scale: float,
-) -> DistributedDataParallel:
-    """Megatron's DDP for one class of a chunk's parameters, with the gradient scale of the base layout."""
+) -> DistributedDataParallel | ZeroPart:
+    """What reduces one class of a chunk's gradients, with the gradient scale of the base layout."""
     own = class_ddp_config(ddp_config, state_class)
     groups = runtime.collection(state_class)
+    if is_deepspeed(state_class.zero, runtime.zero_backend):
+        return ZeroPart(module, parameters, groups, own, scale)
     options = {}
     if own.use_distributed_optimizer:
         bucket_size = own.bucket_size if own.overlap_grad_reduce else None
@@ -298,12 +324,20 @@ def _build_part(
 
 
 def _partial_gradients(
-    module: torch.nn.Module,
+    module: torch.nn.Module, zero_parts: list[ZeroPart]
 ) -> list[tuple[dist.ProcessGroup, list[torch.nn.Parameter]]]:
-    """Parameters with partial gradients, by the tp group over which they are summed."""
+    """Parameters with partial gradients, by the tp group over which they are summed.
+
+    Those whose gradients ZeRO's engines keep are left to them.
+    """
+    owner = {id(parameter): part for part in zero_parts for parameter in part.parameters}
     found: dict[dist.ProcessGroup, list[torch.nn.Parameter]] = {}
     for layer in module.modules():
         if isinstance(layer, PlannedLayer) and layer.pg_collection.tp.size() > 1:
             parameters = [parameter for parameter in layer.summed_over_tp if parameter.requires_grad]
-            found.setdefault(layer.pg_collection.tp, []).extend(parameters)
+            part = owner.get(id(parameters[0])) if parameters else None
+            if part is not None:  # a layer's parameters are all of one class
+                part.sum_over(layer.pg_collection.tp, parameters)
+            else:
+                found.setdefault(layer.pg_collection.tp, []).extend(parameters)
     return [(group, parameters) for group, parameters in found.items() if parameters]

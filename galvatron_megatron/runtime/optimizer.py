@@ -7,12 +7,15 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import count_zeros_fp32, get_grad_norm_fp32
+from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler, MegatronGradScaler
 from megatron.core.optimizer.optimizer import MegatronOptimizer, MixedPrecisionOptimizer
 
 from galvatron_megatron.errors import UnsupportedPlanError
 from galvatron_megatron.runtime.checkpoint import ReshardableOptimizer
 from galvatron_megatron.runtime.context import RuntimeContext, StateClass
 from galvatron_megatron.runtime.data_parallel import PlannedDataParallel
+from galvatron_megatron.runtime.zero import is_deepspeed
+from galvatron_megatron.runtime.zero_optimizer import build_zero_optimizers
 
 
 def build_optimizer(
@@ -31,7 +34,13 @@ def build_optimizer(
     """
     optimizers: list[MegatronOptimizer] = []
     counted: list[bool] = []
+    scaler = _grad_scaler(config)
     for state_class in runtime.state_classes:
+        if is_deepspeed(state_class.zero, runtime.zero_backend):
+            sharded = build_zero_optimizers(config, model_chunks, config_overrides, state_class, scaler)
+            optimizers += sharded
+            counted += [True] * len(sharded)
+            continue
         own = copy.copy(config)
         own.use_distributed_optimizer = state_class.zero > 0
         groups = runtime.collection(state_class)
@@ -48,6 +57,22 @@ def build_optimizer(
             counted.append(state_class.zero > 0 or groups.dp_cp.rank() == 0)
     return PlannedOptimizer(
         optimizers, counted=counted, config=config, model_chunks=model_chunks, runtime=runtime
+    )
+
+
+def _grad_scaler(config: Any) -> MegatronGradScaler | None:
+    """The loss scaler that Megatron makes for its own mixed-precision optimizers."""
+    if config.loss_scale:
+        return ConstantGradScaler(config.loss_scale)
+    if not config.fp16:
+        return None
+    return DynamicGradScaler(
+        initial_scale=config.initial_loss_scale,
+        min_scale=config.min_loss_scale,
+        growth_factor=2.0,
+        backoff_factor=0.5,
+        growth_interval=config.loss_scale_window,
+        hysteresis=config.hysteresis,
     )
 
 
@@ -82,11 +107,11 @@ class PlannedOptimizer(ReshardableOptimizer):
         self.is_stub_optimizer = all(getattr(each, "is_stub_optimizer", False) for each in optimizers)
         self._counted = counted
         self._runtime = runtime
-        scalers = [each.grad_scaler for each in optimizers if isinstance(each, MixedPrecisionOptimizer)]
+        scalers = [each.grad_scaler for each in optimizers if hasattr(each, "grad_scaler")]
         self.grad_scaler = scalers[0] if scalers else None
         for optimizer in optimizers:
             optimizer.grad_stats_parallel_group = dist.group.WORLD
-            if isinstance(optimizer, MixedPrecisionOptimizer):
+            if hasattr(optimizer, "grad_scaler"):
                 # One scale for the one loss: separate scalers would drift apart at the first overflow.
                 optimizer.grad_scaler = self.grad_scaler
 

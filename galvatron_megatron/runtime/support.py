@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 from galvatron_megatron.errors import UnsupportedPlanError
 from galvatron_megatron.plan.layer_kind import LayerKind
-from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.runnable import execution_problem
 from galvatron_megatron.plan.strategy import SequenceParallel
+from galvatron_megatron.runtime.zero import is_left_to_megatron, uses_deepspeed, zero_backend
 
 SUPPORTED_MEGATRON = ("0.19",)
 """Release series of megatron-core whose seams the hooks were tested with."""
@@ -77,7 +78,7 @@ def check_supported(plan: Plan, args: Any) -> None:
     Raises:
         UnsupportedPlanError: with what is in the way, why, and what to change.
     """
-    if runs_on_stock_megatron(plan):
+    if is_left_to_megatron(plan, args):
         return
     release = version("megatron-core")
     if not any(release.startswith(f"{series}.") for series in SUPPORTED_MEGATRON):
@@ -89,6 +90,8 @@ def check_supported(plan: Plan, args: Any) -> None:
     problem = execution_problem(plan)
     if problem is not None:
         raise UnsupportedPlanError(problem)
+    if uses_deepspeed(plan, args):
+        _check_deepspeed(plan, args)
     _check_base(plan, args)
     for index in range(len(plan.layers)):
         _check_layer(index, plan, args)
@@ -104,6 +107,24 @@ def _check_arguments(args: Any) -> None:
             )
 
 
+def _check_deepspeed(plan: Plan, args: Any) -> None:
+    """DeepSpeed is there, and can do what the arguments ask of it."""
+    if find_spec("deepspeed") is None:
+        raise UnsupportedPlanError(
+            "plan: has layers that DeepSpeed shards, and deepspeed is not installed; "
+            "valid: pip install deepspeed, or zero 0 or 1 by --galvatron-zero-backend megatron"
+        )
+    if zero_backend(args) == "deepspeed" and any(layer.kind.has_experts for layer in plan.layers):
+        raise UnsupportedPlanError(
+            "--galvatron-zero-backend: deepspeed, and layers with experts; valid with experts: megatron"
+        )
+    if getattr(args, "check_for_large_grads", False):
+        raise UnsupportedPlanError(
+            "--check-for-large-grads: DeepSpeed's ZeRO does not look for them; valid: leave it out, or "
+            "zero 0 or 1"
+        )
+
+
 def _check_base(plan: Plan, args: Any) -> None:
     """The base layout and the schedule are what Megatron's arguments say."""
     expected = {
@@ -112,7 +133,7 @@ def _check_base(plan: Plan, args: Any) -> None:
         "micro_batch_size": plan.micro_batch_size,
         "global_batch_size": plan.global_batch_size,
         "sequence_parallel": plan.base.sequence_parallel is SequenceParallel.MEGATRON,
-        "use_distributed_optimizer": plan.base.zero > 0,
+        "use_distributed_optimizer": plan.base.zero == 1,
     }
     for name, value in expected.items():
         actual = getattr(args, name)

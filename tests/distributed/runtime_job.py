@@ -35,10 +35,11 @@ from runtime_mutations import MUTATIONS
 
 from galvatron_megatron.integration import cpu_device
 from galvatron_megatron.plan.layer_kind import LayerKind
-from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
 from galvatron_megatron.runtime import attach
+from galvatron_megatron.runtime.zero import is_left_to_megatron
+from galvatron_megatron.runtime.zero_whole import whole_parameters
 
 # Megatron reads the source of its config classes anew for every parser it builds: a third of a short case.
 inspect.getsource = functools.cache(inspect.getsource)
@@ -128,7 +129,7 @@ def arguments(case: dict, plan: Plan) -> list[str]:
     flags = {"log-num-zeros-in-grad", "no-check-for-nan-in-loss-and-grad", "mock-data"}
     if plan.base.sequence_parallel is SequenceParallel.MEGATRON:
         flags.add("sequence-parallel")
-    if plan.base.zero:
+    if plan.base.zero == 1:
         flags.add("use-distributed-optimizer")
     pattern = case.get("pattern")
     if pattern:
@@ -234,7 +235,7 @@ def local_slice(full: torch.Tensor, shard: ShardedTensor) -> torch.Tensor:
 
 
 def set_weights(models, optimizer) -> None:
-    with torch.no_grad():
+    with torch.no_grad(), whole_parameters(unwrap_model(models), keep_changes=True):
         for shard in shards(models):
             part = local_slice(full_value(shard.key, shard.global_shape), shard)
             shard.data.copy_(part.to(shard.data.dtype).view_as(shard.data))
@@ -316,7 +317,7 @@ def run_case(case: dict) -> dict:
             dying(case["dies"]) if "dies" in case else forward_step,
         )
         attachment = attach.attached()
-        seen["planned"] = not runs_on_stock_megatron(plan)
+        seen["planned"] = not is_left_to_megatron(plan, args)
         if seen["planned"]:
             seen["created"] = [list(ranks) for ranks in attachment.context.registry.created]
             seen["received_bytes"] = attachment.context.traffic.received_bytes

@@ -9,6 +9,7 @@ from galvatron_megatron.runtime import data_parallel
 from galvatron_megatron.runtime.data_parallel import PlannedDataParallel
 from galvatron_megatron.runtime.optimizer import PlannedOptimizer
 from galvatron_megatron.runtime.resharding import Resharder
+from galvatron_megatron.runtime.zero import ZeroPart
 
 
 def _replace(owner, name, value):
@@ -69,6 +70,33 @@ def replicas_counted():
     return _replace(PlannedOptimizer, "__init__", mistaken)
 
 
+def zero_scale():
+    """ZeRO's gradients not normalised by the batch."""
+    return _replace(ZeroPart, "scale_gradients", lambda self, factor: None)
+
+
+def zero_wrong_group():
+    """ZeRO's partial gradients summed over the ranks that hold the same shard."""
+    add = ZeroPart.sum_over
+    return _replace(ZeroPart, "sum_over", lambda self, group, found: add(self, self.dp_cp_group, found))
+
+
+def zero_skipped_sum():
+    """ZeRO's gradients of norms left as each tp rank computed them."""
+    return _replace(ZeroPart, "sum_over", lambda self, group, found: None)
+
+
+def zero_last_micro_batch():
+    """Gradients forgotten at the start of every backward pass."""
+    begin = ZeroPart.begin_backward
+
+    def mistaken(self):
+        self.zero_grad_buffer()
+        begin(self)
+
+    return _replace(ZeroPart, "begin_backward", mistaken)
+
+
 MUTATIONS = {
     function.__name__: function
     for function in (
@@ -77,5 +105,9 @@ MUTATIONS = {
         stale_resharding,
         dropped_gradient,
         replicas_counted,
+        zero_scale,
+        zero_wrong_group,
+        zero_skipped_sum,
+        zero_last_micro_batch,
     )
 }

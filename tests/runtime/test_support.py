@@ -11,6 +11,7 @@ from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.strategy import SequenceParallel, Strategy
 from galvatron_megatron.runtime import support
 from galvatron_megatron.runtime.support import check_stage, check_supported
+from galvatron_megatron.runtime.zero import is_left_to_megatron
 
 TWO = Strategy(tp=2, dp=2)
 ONE = Strategy(tp=1, dp=4)
@@ -102,7 +103,6 @@ def test_arguments_that_contradict_the_plan_are_named(name, value):
             {"group_query_attention": True, "num_query_groups": 3, "num_attention_heads": 6},
             "query groups",
         ),
-        (Strategy(tp=1, dp=4, zero=2), {}, r"zero: 2"),
         (Strategy(tp=1, cp=2, dp=2), {}, r"cp: 2"),
     ],
 )
@@ -112,10 +112,32 @@ def test_layers_that_cannot_run_are_named(strategy, changes, words):
     assert "layer 1" in str(error.value)
 
 
-def test_sharding_beyond_the_optimizer_is_not_ignored_where_all_layers_agree():
-    sharded = replace(ONE, zero=3)
-    with pytest.raises(UnsupportedPlanError, match="zero"):
-        check_supported(plan(sharded, sharded, base=sharded), arguments())
+@pytest.mark.parametrize("zero", [2, 3])
+def test_gradients_and_parameters_are_sharded(zero):
+    sharded = replace(ONE, zero=zero)
+    check_supported(plan(sharded, sharded, base=sharded), arguments())
+    with pytest.raises(UnsupportedPlanError, match="check-for-large-grads"):
+        check_supported(plan(sharded, TWO), arguments(check_for_large_grads=True))
+    with pytest.raises(UnsupportedPlanError, match="use-distributed-optimizer"):
+        check_supported(plan(sharded, TWO, base=sharded), arguments(use_distributed_optimizer=True))
+
+
+def test_sharding_needs_deepspeed(monkeypatch):
+    monkeypatch.setattr(support, "find_spec", lambda name: None)
+    with pytest.raises(UnsupportedPlanError, match="pip install deepspeed, or zero 0 or 1"):
+        check_supported(plan(ONE, replace(TWO, zero=2)), arguments())
+    check_supported(plan(ONE, replace(TWO, zero=1)), arguments())
+
+
+def test_who_runs_stage_1_can_be_chosen():
+    sharded = replace(ONE, zero=1)
+    chosen = {"galvatron_zero_backend": "deepspeed", "use_distributed_optimizer": True}
+    uniform = plan(sharded, sharded, base=sharded)
+    assert is_left_to_megatron(uniform, arguments())
+    assert not is_left_to_megatron(uniform, arguments(**chosen))
+    check_supported(uniform, arguments(**chosen))
+    with pytest.raises(UnsupportedPlanError, match="valid: megatron, deepspeed"):
+        check_supported(uniform, arguments(galvatron_zero_backend="apex"))
 
 
 @pytest.mark.parametrize("kind", [LayerKind.MOE_BLOCK, LayerKind.MAMBA, LayerKind.MOE])

@@ -1,0 +1,303 @@
+"""DeepSpeed's ZeRO optimizers, driven from outside: when to reduce, norm, clipping and scale are the caller's.
+
+DeepSpeed ties these to its engine, which cannot run Megatron's schedules and knows one data-parallel group and
+one stage. Its optimizer classes themselves need neither: one of them serves the parameters of one model chunk
+that share stage and group. Imported only where a plan needs it, because importing DeepSpeed takes seconds, and
+by ``import_engines``, which tells DeepSpeed the device.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.comm import comm as deepspeed_comm
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils.timer import NoopTimer
+
+_EVEN_BUCKET = 2
+"""DeepSpeed wants all-gather buckets that are a multiple of two elements."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Piece:
+    """A stretch of one parameter's elements whose states this rank keeps."""
+
+    parameter: torch.nn.Parameter
+    """Of the model."""
+    start: int
+    """First element, in the parameter laid out flat."""
+    length: int
+    """Elements."""
+    partition: int
+    """Which of the engine's flat partitions holds them."""
+    offset: int
+    """First element inside that partition."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class EngineOptions:
+    """What an engine has to know besides its parameters."""
+
+    group: dist.ProcessGroup
+    """Ranks that hold the same weight shards."""
+    gradient_dtype: torch.dtype
+    """In which gradients are accumulated."""
+    communication_dtype: torch.dtype
+    """In which they are reduced."""
+    bucket_elements: int
+    """Elements that are reduced, or gathered, at once."""
+    persistence_elements: int = 0
+    """Stage 3: parameters up to this size are kept whole on every rank."""
+
+
+def connect() -> None:
+    """Lets DeepSpeed use the process groups that are there; compiles nothing."""
+    if deepspeed_comm.cdb is not None:
+        return
+    # The shared-memory operators for CPU ranks would be compiled here and now, for minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed_logger.setLevel(logging.WARNING)
+    deepspeed.comm.init_distributed(
+        dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False, dist_init_required=False
+    )
+
+
+class _Common:
+    """What both kinds of engine do alike."""
+
+    def begin_backward(self) -> None:
+        """A backward pass through the chunk starts."""
+        self.clear_backward_seen_flag()
+        self.set_gradient_accumulation_boundary(False)
+        self.backward_prologue()
+        self.enter_backward()
+
+    def apply(self) -> None:
+        """Steps with the gradients as they are and brings the new weights to all ranks."""
+        self.step()
+
+
+class ShardedStatesEngine(_Common, DeepSpeedZeroOptimizer):
+    """ZeRO 1 (gradients reduced once per step) and 2 (reduced after every micro-batch, kept in part)."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, names: dict[Any, str], stage: int, options: EngineOptions
+    ) -> None:
+        """Takes over the parameters of an optimizer.
+
+        Args:
+            optimizer: over the model's parameters; DeepSpeed puts flat fp32 partitions in their place.
+            names: of the parameters.
+            stage: 1 or 2.
+            options: groups and sizes.
+        """
+        super().__init__(
+            optimizer,
+            names,
+            timers=NoopTimer(),
+            optimizer_params=None,
+            verbose=False,
+            dp_process_group=options.group,
+            partition_grads=stage == 2,
+            gradient_average=False,
+            clip_grad=0.0,
+            compute_grad_norm=False,
+            check_grad_overflow=False,
+            gradient_accumulation_dtype=options.gradient_dtype,
+            communication_data_type=options.communication_dtype,
+            reduce_bucket_size=options.bucket_elements,
+            allgather_bucket_size=options.bucket_elements // _EVEN_BUCKET * _EVEN_BUCKET or _EVEN_BUCKET,
+        )
+        rank = dist.get_rank(options.group)
+        for weights, main in zip(
+            self.parallel_partitioned_bit16_groups, self.single_partition_of_fp32_groups, strict=True
+        ):
+            _share_storage(weights[rank], main)
+        self.pieces = tuple(self._find_pieces())
+
+    def _find_pieces(self) -> Iterator[Piece]:
+        for index, parameters in enumerate(self.params_in_partition):
+            rank = dist.get_rank(self.real_dp_process_group[index])
+            for parameter in parameters:
+                number = self.get_param_id(parameter)
+                start = int(self.grad_start_offset[index][rank][number])
+                offset = int(self.grad_partition_insertion_offset[index][rank][number])
+                length = min(parameter.numel() - start, int(self.partition_size[index]) - offset)
+                if length > 0:
+                    yield Piece(parameter=parameter, start=start, length=length, partition=index, offset=offset)
+
+    def _use_compact_grad_partition_buffer(self, group_idx: int) -> bool:
+        """Always: otherwise fp32 gradients of all parameters that touch the partition are kept whole."""
+        return True
+
+    @property
+    def partitions(self) -> list[torch.Tensor]:
+        """Flat fp32 main weights of this rank."""
+        return self.single_partition_of_fp32_groups
+
+    @property
+    def all_parameters(self) -> list[torch.nn.Parameter]:
+        """The model's parameters, in an order equal on all ranks of the group."""
+        return [parameter for group in self.bit16_groups for parameter in group]
+
+    def gradient(self, partition: int) -> torch.Tensor:
+        """Flat gradient of a partition, complete after ``finish_accumulation``."""
+        return self.averaged_gradients[partition].flat_partition
+
+    def end_backward(self) -> None:
+        """The backward pass is over: stage 2 reduces what it has not reduced yet."""
+        self.backward_epilogue()
+        if self.partition_gradients:
+            self.overlapping_partition_gradients_reduce_epilogue()
+        self.exit_backward()
+
+    def finish_accumulation(self) -> None:
+        """All micro-batches are through: gradients become complete."""
+        self.set_gradient_accumulation_boundary(True)
+        if not self.partition_gradients:
+            self.setup_buckets()
+            self.reduce_gradients()
+        self.finalize_gradient_accumulation_boundary()
+
+    def forget_gradients(self) -> None:
+        """Before the first micro-batch of a step."""
+        self.zero_grad()
+        for index in range(len(self.bit16_groups)):
+            self.averaged_gradients[index] = self.all_grad_tensors[index] = None
+
+    def reload(self) -> None:
+        """Takes the model's weights over into the main weights."""
+        self.refresh_fp32_params()
+
+
+class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
+    """ZeRO 3: every rank keeps a part of each parameter; modules gather what they need and let it go again."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        names: dict[Any, str],
+        modules: list[torch.nn.Module],
+        borrowers: list[tuple[torch.nn.Module, torch.nn.Parameter]],
+        options: EngineOptions,
+    ) -> None:
+        """Takes over the parameters of an optimizer and shards them.
+
+        Args:
+            optimizer: over the model's parameters; DeepSpeed puts flat fp32 partitions in their place.
+            names: of the parameters.
+            modules: which hold these parameters and no others.
+            borrowers: modules that compute with a parameter of another module, and that parameter.
+            options: groups and sizes.
+        """
+        for parameter in names:
+            parameter.ds_zero_partition_process_group = options.group
+        with _without_world_barriers():
+            super().__init__(
+                torch.nn.ModuleList([*modules, *(module for module, _ in borrowers)]),
+                optimizer,
+                names,
+                timers=NoopTimer(),
+                ds_config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}},
+                verbose=False,
+                dp_process_group=options.group,
+                clip_grad=0.0,
+                gradient_accumulation_dtype=options.gradient_dtype,
+                communication_data_type=options.communication_dtype,
+                reduce_bucket_size=options.bucket_elements,
+                param_persistence_threshold=options.persistence_elements,
+                prefetch_bucket_size=0,
+                max_live_parameters=0,
+                max_reuse_distance=0,
+            )
+        for module, parameter in borrowers:
+            deepspeed.zero.register_external_parameter(module, parameter)
+        for weights, main in zip(
+            self.fp16_partitioned_groups_flat, self.fp32_partitioned_groups_flat, strict=True
+        ):
+            _share_storage(weights, main)
+        self.pieces = tuple(self._find_pieces())
+
+    def _find_pieces(self) -> Iterator[Piece]:
+        for index, parameters in enumerate(self.fp16_groups):
+            offset = 0
+            for parameter in parameters:
+                part = parameter.partition_numel()
+                start = part * dist.get_rank(parameter.ds_process_group)
+                length = min(part, parameter.ds_numel - start)
+                if length > 0:
+                    yield Piece(parameter=parameter, start=start, length=length, partition=index, offset=offset)
+                offset += part
+
+    def _gradient_averaging_world_size(self, params: list[Any], partition_world_size: int) -> int:
+        """One: gradients are summed; the loss is normalised by the whole batch."""
+        return 1
+
+    def _overflow_check_and_loss_scale_update(self, update_scale: bool = True) -> bool:
+        """Overflow is judged over all engines before any of them steps."""
+        self.overflow = False
+        return False
+
+    def _get_norm_groups(self) -> list[torch.Tensor]:
+        """Clipping is done before the step; DeepSpeed only wants a finite number."""
+        return [torch.ones((), device=self.device)]
+
+    @property
+    def partitions(self) -> list[torch.Tensor]:
+        """Flat fp32 main weights of this rank."""
+        return self.fp32_partitioned_groups_flat
+
+    @property
+    def all_parameters(self) -> list[torch.nn.Parameter]:
+        """The model's parameters, in an order equal on all ranks of the group."""
+        return [parameter for group in self.fp16_groups for parameter in group]
+
+    def gradient(self, partition: int) -> torch.Tensor:
+        """Flat gradient of a partition, complete after ``finish_accumulation``."""
+        first = sum(self.fp16_partitioned_groups_flat_numel[:partition])
+        return self.grad_partitions_flat_buffer.narrow(
+            0, first, self.fp16_partitioned_groups_flat_numel[partition]
+        )
+
+    def end_backward(self) -> None:
+        """The backward pass is over: reduces what is not reduced yet and lets parameters go."""
+        self.independent_gradient_partition_epilogue()
+        self.backward_epilogue()
+        self.exit_backward()
+
+    def finish_accumulation(self) -> None:
+        """All micro-batches are through: gradients are complete."""
+        self.finalize_gradient_accumulation_boundary()
+
+    def forget_gradients(self) -> None:
+        """Before the first micro-batch of a step."""
+        self.zero_grad()
+        self.grad_partitions_flat_buffer.zero_()
+
+    def reload(self) -> None:
+        """Takes the model's weights over into the main weights."""
+        self.refresh_fp32_params()
+
+
+def _share_storage(weights: torch.Tensor, main: torch.Tensor) -> None:
+    """DeepSpeed copies weights that are fp32 already; one of them is enough."""
+    if weights.dtype == main.dtype:
+        main.data = weights.data
+
+
+@contextlib.contextmanager
+def _without_world_barriers() -> Iterator[None]:
+    """Stage 3 waits for the whole world while it is built; other pipeline stages may have no such layer."""
+    barrier = deepspeed.comm.barrier
+    deepspeed.comm.barrier = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        deepspeed.comm.barrier = barrier

@@ -1,0 +1,266 @@
+"""An optimizer whose states DeepSpeed's ZeRO shards, behind the interface of Megatron's optimizers."""
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import (
+    _get_megatron_optimizer_based_on_param_groups,
+    _get_param_groups,
+)
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel import copy_tensor_model_parallel_attributes
+from megatron.core.utils import unwrap_model
+
+from galvatron_megatron.runtime.zero import ZeroPart, import_engines
+from galvatron_megatron.runtime.zero_whole import let_checkpoints_see_whole_parameters
+
+STATES = ("exp_avg", "exp_avg_sq")
+
+
+class ZeroOptimizer(MegatronOptimizer):
+    """Steps one engine; what Megatron sees as parameters are stretches of fp32 main weights."""
+
+    def __init__(self, engine: Any, config: Any, part: ZeroPart, grad_scaler: Any) -> None:
+        """Wraps an engine.
+
+        Args:
+            engine: a ZeRO engine, or None where this rank has no such parameters.
+            config: Megatron's optimizer config.
+            part: whose parameters these are.
+            grad_scaler: Megatron's loss scaler; None but for fp16.
+        """
+        super().__init__(None if engine is None else engine.optimizer, config, lambda *_: None)
+        self.engine = engine
+        self.is_stub_optimizer = engine is None
+        self.grad_scaler = grad_scaler
+        self.tp_group = part.tp_group
+        self.group = part.dp_cp_group
+        self._shards = [] if engine is None else [self._shard(piece) for piece in engine.pieces]
+
+    def _shard(self, piece: Any) -> torch.Tensor:
+        """A stretch of main weights that counts, in norms, as its parameter does."""
+        shard = self._stretch(self.engine.partitions[piece.partition].detach(), piece)
+        copy_tensor_model_parallel_attributes(shard, piece.parameter)
+        if hasattr(piece.parameter, "shared"):
+            shard.shared = piece.parameter.shared
+        return shard
+
+    @staticmethod
+    def _stretch(flat: torch.Tensor, piece: Any) -> torch.Tensor:
+        return flat.narrow(0, piece.offset, piece.length)
+
+    def get_parameters(self) -> list[torch.Tensor]:
+        """Stretches of main weights of this rank, with their gradients once these are prepared."""
+        return self._shards
+
+    @torch.no_grad()
+    def prepare_grads(self) -> bool:
+        """Shows the gradients; whether they are finite is judged for all optimizers together."""
+        if not self.is_stub_optimizer:
+            for shard, piece in zip(self._shards, self.engine.pieces, strict=True):
+                shard.grad = self._stretch(self.engine.gradient(piece.partition), piece)
+        return False
+
+    def _collect_main_grad_data_for_unscaling(self) -> list[torch.Tensor]:
+        return [shard.grad for shard in self._shards]
+
+    @torch.no_grad()
+    def step_with_ready_grads(self) -> bool:
+        """Steps with the gradients as they are now.
+
+        Returns:
+            True.
+        """
+        for shard in self._shards:
+            shard.grad = None
+        if not self.is_stub_optimizer:
+            self.engine.apply()
+        return True
+
+    def step(self) -> None:
+        """Not used: classes of parameters step together."""
+        raise NotImplementedError("step: classes of parameters step together")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets what was prepared; the gradients themselves are the model chunk's."""
+        for shard in self._shards:
+            shard.grad = None
+
+    def get_loss_scale(self) -> torch.Tensor:
+        """The scale of the loss, one without fp16."""
+        if self.grad_scaler is not None:
+            return self.grad_scaler.scale
+        return torch.ones(1, dtype=torch.float32, device="cuda")
+
+    def reload_model_params(self, state_dict: Any = None) -> None:
+        """Takes over weights that changed outside the optimizer."""
+        if not self.is_stub_optimizer:
+            self.engine.reload()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Not used: states are saved in a form that every plan can load."""
+        raise NotImplementedError("state_dict: states are in the distributed checkpoint")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Not used, see ``state_dict``."""
+        raise NotImplementedError("load_state_dict: states are in the distributed checkpoint")
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Not used, see ``whole_states``."""
+        raise NotImplementedError("sharded_state_dict: the optimizer of all classes saves the states")
+
+    def initialise_states(self) -> None:
+        """Creates the states of an optimizer that has not made a step yet: zeros, as at the first step."""
+        for partition in self.engine.partitions:
+            state = self.optimizer.state[partition]
+            for key in STATES:
+                if key not in state:
+                    state[key] = torch.zeros_like(partition, requires_grad=False)
+            if isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW):
+                state.setdefault("step", torch.tensor(0.0, dtype=torch.float32))
+
+    def _named(self, key: str) -> list[torch.Tensor]:
+        """Flat tensors of this rank by partition: ``param`` for main weights, else a state."""
+        partitions = [partition.detach() for partition in self.engine.partitions]
+        if key == "param":
+            return partitions
+        return [self.optimizer.state[partition][key] for partition in self.engine.partitions]
+
+    @torch.no_grad()
+    def whole_states(self) -> Iterator[tuple[torch.nn.Parameter, dict[str, torch.Tensor]]]:
+        """Main weight and states of each parameter, whole; all ranks of the class call this together.
+
+        Yields:
+            The model's parameter, and fp32 tensors in its shape by name.
+        """
+        flats = {key: self._named(key) for key in ("param", *STATES)}
+        mine: dict[int, list[Any]] = {}
+        for piece in self.engine.pieces:
+            mine.setdefault(id(piece.parameter), []).append(piece)
+        for parameter in self.engine.all_parameters:
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            whole = {}
+            for key, by_partition in flats.items():
+                flat = torch.zeros(shape.numel(), dtype=torch.float32, device=parameter.device)
+                for piece in mine.get(id(parameter), ()):
+                    source = self._stretch(by_partition[piece.partition], piece)
+                    flat.narrow(0, piece.start, piece.length).copy_(source)
+                dist.all_reduce(flat, group=self.group)  # stretches do not overlap: their sum is the whole
+                whole[key] = flat.view(shape)
+            yield parameter, whole
+
+    @torch.no_grad()
+    def take_states(self, loaded: dict[int, dict[str, torch.Tensor]]) -> None:
+        """Takes over this rank's part of main weights and states.
+
+        Args:
+            loaded: whole tensors by name, by the parameter's number in the order of ``whole_states``.
+        """
+        number = {id(parameter): index for index, parameter in enumerate(self.engine.all_parameters)}
+        for key in ("param", *STATES):
+            flats = self._named(key)
+            for piece in self.engine.pieces:
+                whole = loaded[number[id(piece.parameter)]][key].reshape(-1)
+                self._stretch(flats[piece.partition], piece).copy_(whole.narrow(0, piece.start, piece.length))
+
+
+def build_zero_optimizers(
+    config: Any, chunks: list[Any], overrides: Any, state_class: Any, grad_scaler: Any
+) -> list[ZeroOptimizer]:
+    """Shards one class of parameters; all ranks call this together, in the same order of classes.
+
+    Args:
+        config: Megatron's optimizer config.
+        chunks: the wrapped model chunks of this rank.
+        overrides: Megatron's settings by parameter.
+        state_class: the class.
+        grad_scaler: Megatron's loss scaler; None but for fp16.
+    """
+    engines = import_engines()
+    found = []
+    for chunk in chunks:
+        part: ZeroPart = chunk.parts[state_class]
+        # What two stages share is sharded apart, so that both hold the same stretches of it.
+        tied = {id(parameter) for parameter in part.tied}
+        for shared in (False, True):
+            wanted = [p for p in part.parameters if (id(p) in tied) is shared]
+            engine = _engine(engines, config, chunk, part, wanted, overrides, state_class.zero)
+            if engine is not None:
+                part.engines.append(engine)
+            found.append(ZeroOptimizer(engine, config, part, grad_scaler))
+    return found
+
+
+def _engine(
+    engines: ModuleType,
+    config: Any,
+    chunk: Any,
+    part: ZeroPart,
+    parameters: list[torch.nn.Parameter],
+    overrides: Any,
+    zero: int,
+) -> Any:
+    """An engine for some parameters, or None for none; a collective call either way."""
+    from galvatron_megatron.runtime.data_parallel import ParameterView
+
+    view = ParameterView(chunk.module, parameters)
+    param_groups = [g for g in _get_param_groups([view], config, overrides) if g["params"]]
+    if not param_groups:
+        return None
+    optimizer, _ = _get_megatron_optimizer_based_on_param_groups(
+        config, [view], param_groups, skip_megatron_wrapping=True
+    )
+    dtype = parameters[0].dtype
+    in_fp32 = part.ddp_config.grad_reduce_in_fp32
+    options = engines.EngineOptions(
+        group=part.dp_cp_group,
+        gradient_dtype=torch.float32,
+        communication_dtype=torch.float32 if in_fp32 else dtype,
+        bucket_elements=_bucket_elements(part, parameters),
+    )
+    names = {parameter: name for name, parameter in view.named_parameters()}
+    if zero < 3:
+        return engines.ShardedStatesEngine(optimizer, names, zero, options)
+    model = unwrap_model(chunk)
+    engine = engines.ShardedParametersEngine(
+        optimizer, names, _owning_modules(model, parameters), _borrowing_modules(model, parameters), options
+    )
+    let_checkpoints_see_whole_parameters(model)
+    return engine
+
+
+def _bucket_elements(part: ZeroPart, parameters: list[torch.nn.Parameter]) -> int:
+    """Elements reduced at once: Megatron's bucket size, never more than there are."""
+    total = sum(parameter.numel() for parameter in parameters)
+    largest = max(parameter.numel() for parameter in parameters)
+    wanted = part.ddp_config.bucket_size or max(40_000_000, 1_000_000 * part.dp_cp_group.size())
+    return max(2, min(total, max(largest, wanted)))
+
+
+def _owning_modules(model: torch.nn.Module, parameters: list[torch.nn.Parameter]) -> list[torch.nn.Module]:
+    """The largest modules of a model all of whose parameters are among some, in the model's order."""
+    wanted = {id(parameter) for parameter in parameters}
+
+    def inside(module: torch.nn.Module) -> list[torch.nn.Module]:
+        own = list(module.parameters())
+        if not any(id(parameter) in wanted for parameter in own):
+            return []
+        if all(id(parameter) in wanted for parameter in own):
+            return [module]
+        return [found for child in module.children() for found in inside(child)]
+
+    return inside(model)
+
+
+def _borrowing_modules(
+    model: torch.nn.Module, parameters: list[torch.nn.Parameter]
+) -> list[tuple[torch.nn.Module, torch.nn.Parameter]]:
+    """Modules that compute with a parameter of another module: the head of a model with tied embeddings."""
+    head = getattr(model, "output_layer", None)
+    if head is None or head.weight is not None or not model.share_embeddings_and_output_weights:
+        return []
+    weight = model.shared_embedding_or_output_weight()
+    return [(head, weight)] if any(weight is parameter for parameter in parameters) else []

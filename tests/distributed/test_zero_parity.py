@@ -1,0 +1,59 @@
+"""Layers sharded by ZeRO 1 to 3 train as one rank of stock Megatron does, through Megatron's pretrain."""
+
+import pytest
+from runtime_cases import reference
+from runtime_rank import assert_same_training, references, relative, train, weight_difference
+from zero_cases import FOUR, HALF, PLANS, SHORT, zero_case
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def short_references(ranks):
+    """What one rank of stock Megatron saw of each model in as many steps."""
+    found = {}
+    for model in {made["model"]: None for made in PLANS}:
+        made = reference(model)
+        found[model] = ranks(1).run(train, {**made, "arguments": {**made["arguments"], **SHORT}})[0]
+        clipped = min(found[model]["norms"]) > 1.0
+        assert clipped or model == "unclipped", "clipping at 1.0 must be active"
+    return found
+
+
+def test_the_plans_are_many_and_differ():
+    assert len({str((made["base"], made["stages"], made["model"])) for made in PLANS}) >= 30
+    words = {word for made in PLANS for stage in made["stages"] for layer in stage for word in layer.split()}
+    assert {"zero1", "zero2", "zero3"} <= words
+    assert sum(made.get("micro_batches") == 4 for made in PLANS) >= 15
+
+
+@pytest.mark.parametrize("made", PLANS, ids=lambda made: made["name"])
+def test_same_training(ranks, short_references, made):
+    seen = ranks(4).run(train, made)[0]
+    assert seen["planned"]
+    assert_same_training(seen, short_references[made["model"]])
+
+
+@pytest.mark.parametrize("made", HALF, ids=lambda made: made["name"])
+def test_half_precision_within_its_noise(ranks, made):
+    expected = references(ranks)[made["model"]]
+    seen = ranks(4).run(train, made)[0]
+    assert seen["skipped"] == expected["skipped"]
+    assert seen["copies_differ"] == 0.0
+    kept = [step for step, skipped in enumerate(seen["skipped"]) if not skipped]
+    noise = 3e-3 if made["model"] == "bf16" else 1e-3
+    assert relative(seen["losses"], expected["losses"]) < noise
+    norms = [seen["norms"][step] for step in kept]
+    assert relative(norms, [expected["norms"][step] for step in kept]) < 10 * noise
+    assert weight_difference(seen["weights"], expected["weights"]) < 3 * noise
+
+
+@pytest.mark.parametrize(
+    "mistake", ["zero_scale", "zero_wrong_group", "zero_skipped_sum", "zero_last_micro_batch"]
+)
+def test_a_mistake_is_noticed(ranks, short_references, mistake):
+    layers = ["tp2 zero2", "tp4 zero3", "tp2+megatron zero3", "tp2+megatron zero2"]
+    made = zero_case("mistaken", "modern", "tp2", layers, mutation=mistake, **FOUR)
+    seen = ranks(4).run(train, made)[0]
+    with pytest.raises(AssertionError):
+        assert_same_training(seen, short_references["modern"])

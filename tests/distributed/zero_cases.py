@@ -1,0 +1,144 @@
+"""Plans in which DeepSpeed's ZeRO shards layers, held against one rank of stock Megatron; no torch."""
+
+from runtime_cases import case
+
+STEPS = 4
+SHORT = {"train-iters": STEPS}
+DEEPSPEED = {"late_arguments": {"galvatron_zero_backend": "deepspeed"}}
+FOUR = {"micro_batches": 4}
+"""Four micro-batches per step."""
+
+
+def zero_case(name, model, base, *stages, **options):
+    """A short run of a plan."""
+    arguments = {**SHORT, **options.pop("arguments", {})}
+    return case(name, model, base, *stages, arguments=arguments, **options)
+
+
+FLAT = (
+    zero_case("all-2", "modern", "tp1 zero2", ["tp1 zero2", "tp2 zero2", "tp4 zero2", "tp2+megatron zero2"]),
+    zero_case("all-3", "modern", "tp1 zero3", ["tp1 zero3", "tp2 zero3", "tp4 zero3", "tp2+megatron zero3"]),
+    zero_case("uniform-2", "modern", "tp1 zero2", ["tp1 zero2"] * 4),
+    zero_case("uniform-3", "modern", "tp2 zero3", ["tp2 zero3"] * 4, **FOUR),
+    zero_case("uniform-1-deepspeed", "modern", "tp1 zero1", ["tp1 zero1"] * 4, **DEEPSPEED),
+    zero_case("each-stage", "modern", "tp1", ["tp1 zero3", "tp1 zero2", "tp1 zero1", "tp1"]),
+    zero_case("each-stage-split", "modern", "tp2", ["tp2 zero3", "tp2 zero2", "tp2 zero1", "tp2"], **FOUR),
+    zero_case("base-2", "modern", "tp4 zero2", ["tp1 zero1", "tp2", "tp4 zero3", "tp1 zero2"]),
+    zero_case("base-3", "modern", "tp2 zero3", ["tp4 zero1", "tp2", "tp4 zero3", "tp2 zero2"], **FOUR),
+    zero_case(
+        "slices-2",
+        "modern",
+        "tp2+megatron zero2",
+        ["tp2+megatron zero2", "tp4+megatron zero2", "tp2 zero2", "tp2+megatron zero3"],
+        **FOUR,
+    ),
+    zero_case(
+        "slices-3",
+        "classic",
+        "tp2+megatron zero3",
+        ["tp2+megatron zero3", "tp4+megatron zero3", "tp2 zero3", "tp2+megatron"],
+        **FOUR,
+    ),
+    zero_case("ulysses-2", "modern", "tp1 zero2", ["tp2+ulysses zero2", "tp4+ulysses zero2", "tp1", "tp2"]),
+    zero_case(
+        "ulysses-3", "modern", "tp2", ["tp2+ulysses zero3", "tp4 zero3", "tp4+ulysses zero2", "tp2"], **FOUR
+    ),
+    zero_case("tied-2", "classic", "tp1 zero2", ["tp1", "tp2 zero2", "tp2+megatron zero3", "tp1 zero1"]),
+    zero_case("tied-3", "classic", "tp1 zero3", ["tp1 zero3", "tp2 zero2", "tp4 zero3", "tp1"]),
+    zero_case(
+        "grouped-2", "grouped", "tp2 zero2", ["tp2 zero2", "tp4 zero2", "tp2+megatron zero2", "tp4"], **FOUR
+    ),
+    zero_case(
+        "grouped-3",
+        "grouped",
+        "tp2 zero3",
+        ["tp2 zero3", "tp4+megatron zero3", "tp2+megatron zero2", "tp2"],
+        **FOUR,
+    ),
+    zero_case(
+        "recomputed-2",
+        "modern",
+        "tp2 zero2",
+        ["tp2 zero2 recompute-full", "tp4 zero2 recompute-selective", "tp2 zero2", "tp2"],
+        **FOUR,
+    ),
+    zero_case(
+        "recomputed-3",
+        "modern",
+        "tp2 zero3",
+        ["tp2 zero3 recompute-full", "tp2 zero3 recompute-full", "tp4 zero3 recompute-selective", "tp2 zero3"],
+        **FOUR,
+    ),
+    zero_case("unclipped", "unclipped", "tp1 zero2", ["tp1 zero3", "tp2 zero2", "tp1", "tp2 zero3"]),
+    zero_case("token-loss", "token-loss", "tp2 zero2", ["tp2 zero3", "tp2 zero2", "tp4", "tp2 zero3"], **FOUR),
+    zero_case("deepspeed-1", "modern", "tp1", ["tp1 zero1", "tp2 zero1", "tp1 zero2", "tp2"], **DEEPSPEED),
+    zero_case(
+        "small-buckets",
+        "modern",
+        "tp1 zero2",
+        ["tp1 zero2", "tp2 zero3", "tp1", "tp2 zero2"],
+        arguments={"ddp-bucket-size": 500},
+    ),
+    zero_case(
+        "hybrid-2", "hybrid", "tp2 zero2", ["tp2 zero2", "tp4 zero2", "tp2+megatron zero3", "tp2"], **FOUR
+    ),
+    zero_case("hybrid-3", "hybrid", "tp1 zero3", ["tp1 zero3", "tp2 zero3", "tp1", "tp2 zero2"]),
+)
+PIPELINES = (
+    zero_case(
+        "pipeline-2", "modern", "tp1 zero2", ["tp1 zero2", "tp2 zero2"], ["tp2 zero2", "tp1"], pp=2, **FOUR
+    ),
+    zero_case(
+        "pipeline-3", "modern", "tp2 zero3", ["tp1 zero3", "tp2 zero3"], ["tp2 zero3", "tp1"], pp=2, **FOUR
+    ),
+    zero_case(
+        "pipeline-apart", "modern", "tp1", ["tp1 zero3", "tp2 zero3"], ["tp2", "tp1 zero2"], pp=2, **FOUR
+    ),
+    zero_case(
+        "pipeline-uneven", "modern", "tp2", ["tp1 zero3"], ["tp2 zero2", "tp1 zero3", "tp1"], pp=2, **FOUR
+    ),
+    zero_case(
+        "pipeline-recomputed",
+        "modern",
+        "tp1 zero2",
+        ["tp1 zero3 recompute-full", "tp2 zero3"],
+        ["tp1 zero2 recompute-full", "tp1 zero3 recompute-full"],
+        pp=2,
+        **FOUR,
+    ),
+    zero_case(
+        "pipeline-tied-2", "classic", "tp1 zero2", ["tp1 zero2", "tp2"], ["tp1 zero2", "tp1"], pp=2, **FOUR
+    ),
+    zero_case(
+        "pipeline-tied-3",
+        "classic",
+        "tp2+megatron zero3",
+        ["tp1 zero3", "tp2+megatron zero2"],
+        ["tp2+megatron", "tp1"],
+        pp=2,
+        **FOUR,
+    ),
+    zero_case(
+        "interleaved-2",
+        "modern",
+        "tp1 zero2",
+        *(["tp1 zero2"], ["tp2 zero2"], ["tp1"], ["tp1 zero2"]),
+        pp=2,
+        virtual=2,
+        **FOUR,
+    ),
+    zero_case(
+        "interleaved-3",
+        "classic",
+        "tp2 zero2",
+        *(["tp1 zero3"], ["tp2 zero3"], ["tp2+megatron zero3"], ["tp1 zero2"]),
+        pp=2,
+        virtual=2,
+        **FOUR,
+    ),
+)
+PLANS = FLAT + PIPELINES
+HALF = (
+    case("bf16-2-3", "bf16", "tp1 zero2", ["tp1 zero2", "tp2 zero3", "tp4", "tp2+megatron zero2"]),
+    case("fp16-2-3", "fp16", "tp4 zero2", ["tp4+megatron zero3", "tp1", "tp4+megatron zero2", "tp2 zero3"]),
+)
