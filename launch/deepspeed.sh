@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Starts a Megatron job with the deepspeed launcher, one process per device, on one node or on several.
+#
+#   launch/deepspeed.sh pretrain_gpt.py MEGATRON-ARGS --galvatron-auto
+#
+# On several nodes either once, from any of them, with HOSTFILE (lines "node slots=8") and ssh between them; or,
+# without ssh, on each of them with the same HOSTFILE and MASTER_ADDR and, by node, NODE_RANK.
+#
+# RANKS_PER_NODE  processes on this node, without HOSTFILE (default: the GPUs that nvidia-smi lists, else 1)
+# HOSTFILE, NODE_RANK, MASTER_ADDR, MASTER_PORT  as above; NODE_RANK says: no ssh
+# DRY_RUN=1       prints the command instead of running it
+set -euo pipefail
+if [ $# -eq 0 ]; then
+  sed -n '2,13s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+stop() { echo "launch/deepspeed.sh: $*" >&2; exit 2; }
+free_port() { "${PYTHON:-python}" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
+if [ -n "${PYTHON:-}" ] && [ -x "$(dirname "$PYTHON")/deepspeed" ]; then
+  start=("$PYTHON" "$(dirname "$PYTHON")/deepspeed")
+else
+  command -v deepspeed >/dev/null || stop "no deepspeed command; install deepspeed, or set PYTHON to an environment's that has it"
+  start=(deepspeed)
+fi
+# Megatron wants it for tensor parallelism: kernels start in the order they were issued.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+if [ -n "${HOSTFILE:-}" ]; then
+  [ -r "$HOSTFILE" ] || stop "HOSTFILE: $HOSTFILE cannot be read; valid: lines such as 'node0 slots=8'"
+  where=(--hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}")
+  if [ -n "${NODE_RANK:-}" ]; then
+    [ -n "${MASTER_ADDR:-}" ] || stop "MASTER_ADDR: not set; valid with NODE_RANK: the first node's name"
+    where+=(--no_ssh --node_rank "$NODE_RANK")
+  fi
+  [ -z "${MASTER_ADDR:-}" ] || where+=(--master_addr "$MASTER_ADDR")
+else
+  [ -z "${NODE_RANK:-}" ] || stop "NODE_RANK: $NODE_RANK without HOSTFILE, which lists the nodes"
+  if [ -z "${RANKS_PER_NODE:-}" ]; then
+    RANKS_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+    [ "$RANKS_PER_NODE" -gt 0 ] || RANKS_PER_NODE=1
+  fi
+  # Any free port: several jobs may run on one machine.
+  where=(--num_gpus "$RANKS_PER_NODE" --master_addr 127.0.0.1 --master_port "${MASTER_PORT:-$(free_port)}")
+fi
+if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "${start[@]}" "${where[@]}" "$@"; echo; exit 0; fi
+exec "${start[@]}" "${where[@]}" "$@"
