@@ -212,7 +212,7 @@ def calibrate(
     fitted = replace(fitted, calibration=_memory_calibration(fitted, certain, held_out, table))
     timed = [run for run in certain if run.step_seconds]
     if len(timed) < 2:
-        if timed or not fitted.calibration.memory_runs:
+        if timed or not any(run.peak_bytes for run in certain):
             raise DescriptionError(
                 f"calibration: {len(timed)} runs with a measured time; valid: at least 2, or measured memory"
             )
