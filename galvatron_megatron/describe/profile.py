@@ -123,6 +123,8 @@ class CollectiveCurve:
             )
         if not self.points or list(self.points) != sorted(self.points):
             raise DescriptionError(f"profile {self.collective} points: not by rising size; valid: one or more")
+        if not all(0 <= seconds < float("inf") for _, seconds in self.points):
+            raise DescriptionError(f"profile {self.collective} points: {self.points}; valid: seconds >= 0")
 
     @property
     def key(self) -> tuple[str, int, int, bool]:

@@ -169,8 +169,9 @@ def measure_curve(
             seconds = _measure_size(operation, clock, handle, seconds_per_size)
         times.append(seconds)
     if collective == "send":
-        # The word back takes as long as the shortest message there.
-        times = [seconds - times[0] / 2 for seconds in times]
+        # The word back takes as long as the shortest message there; where the machine was disturbed during the
+        # shortest one, a longer one may seem to take less than that.
+        times = [max(seconds - times[0] / 2, times[0] / 2) for seconds in times]
     by_rank = gather(times)
     for group in handles:
         if rank in dist.get_process_group_ranks(group):
