@@ -79,7 +79,7 @@ def test_a_curve_of_an_unknown_collective_or_out_of_order_is_refused():
     with pytest.raises(DescriptionError, match="rising"):
         replace(curve("send", 2, 1), points=((8, 1.0), (4, 1.0)))
     for wrong in (-1e-3, float("nan"), float("inf")):
-        with pytest.raises(DescriptionError, match="profile send points: .*valid: seconds >= 0"):
+        with pytest.raises(DescriptionError, match=r"profile send points: .*valid: seconds >= 0"):
             replace(curve("send", 2, 1), points=((4, 1.0), (8, wrong)))
 
 
