@@ -82,10 +82,20 @@ def megatron_patches() -> Iterator[tuple[object, str, Any]]:
     # Compiles fused kernels on random numbers, which on CUDA come from a generator of its own: here they would
     # move the one that initialises the weights, by an amount that depends on the tensor-parallel degree.
     yield import_module("megatron.training.initialize"), "_warmup_jit_function", lambda *args, **kwargs: None
+    dispatcher = import_module("megatron.core.transformer.moe.token_dispatcher")
+    yield dispatcher, "maybe_move_tensor_to_cpu", counts_on_the_host
     package = import_module("megatron.core.datasets")
     yield package, "__path__", [*package.__path__, *_compiled_helper_places()]
     datasets = import_module("megatron.core.datasets.utils")
     yield datasets, "compile_helpers", partial(compile_helpers, datasets.compile_helpers)
+
+
+def counts_on_the_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What Megatron's experts do to numbers of tokens on a GPU: as arrays, which an all-to-all takes as sizes.
+
+    Megatron leaves tensors that are on the host already as they are, and an all-to-all does not take those.
+    """
+    return tensor.numpy() if as_numpy and hasattr(tensor, "numpy") else tensor
 
 
 def _build_norm(

@@ -8,6 +8,7 @@ import torch
 from galvatron_megatron.errors import GalvatronError
 from galvatron_megatron.integration import cpu_device
 from galvatron_megatron.integration.cpu_device import CpuDevice
+from galvatron_megatron.integration.cpu_megatron import counts_on_the_host
 from galvatron_megatron.integration.cpu_stand_ins import Event, MemoryCounters, stand_ins
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -113,3 +114,11 @@ def test_configure_sets_what_the_cpu_needs_and_tells():
         assert cpu_device.configure(args).keys() == {"spec"}
     with pytest.raises(GalvatronError, match="fp8"):
         cpu_device.configure(Namespace(fp8="hybrid"))
+
+
+def test_numbers_of_tokens_are_sizes_that_an_all_to_all_takes():
+    counts = torch.tensor([3, 1])
+    assert counts_on_the_host(counts) is counts
+    assert list(counts_on_the_host(counts, as_numpy=True)) == [3, 1]
+    assert not torch.is_tensor(counts_on_the_host(counts, as_numpy=True))
+    assert counts_on_the_host(None, as_numpy=True) is None
