@@ -143,17 +143,11 @@ def _without_recompute(strategy: Strategy) -> Strategy:
 
 
 def _expert_arguments(plan: Plan) -> dict[str, object]:
-    """Megatron has one pair of expert degrees for all layers with experts."""
+    """Megatron has one pair of expert degrees for all layers; where layers differ, the runtime has its own."""
     degrees = plan.expert_degrees
-    if len(degrees) > 1:
-        shown = ", ".join(f"expert_parallel {ep} with expert_tensor_parallel {etp}" for ep, etp in degrees)
-        raise PlanError(
-            f"plan layers: {shown}; valid: the same for all layers with experts, as "
-            "--expert-model-parallel-size has it"
-        )
     if not degrees:
         return {}
-    ep, etp = degrees[0]
+    ep, etp = degrees[0] if runs_on_stock_megatron(plan) else (1, None)
     return {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp}
 
 

@@ -5,7 +5,7 @@ from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.strategy import Offload, SequenceParallel, Strategy
 
-RUNNABLE_KINDS = (LayerKind.BLOCK, LayerKind.ATTENTION, LayerKind.MLP)
+RUNNABLE_KINDS = (LayerKind.BLOCK, LayerKind.MOE_BLOCK, LayerKind.ATTENTION, LayerKind.MLP, LayerKind.MOE)
 """Kinds of layer that may differ in strategy."""
 
 HIGHEST_ZERO = 3
@@ -28,6 +28,8 @@ def execution_problem(plan: Plan) -> str | None:
         return None
     if plan.base.sequence_parallel is SequenceParallel.ULYSSES:
         return "plan.base.sequence_parallel: ulysses; valid for the base: none, megatron"
+    if plan.base.cp > 1:
+        return f"plan.base.cp: {plan.base.cp}; valid for the base of layers that differ: 1"
     problem = _strategy_problem("plan.base", plan.base)
     if problem is not None:
         return problem
@@ -38,8 +40,19 @@ def execution_problem(plan: Plan) -> str | None:
                 f"valid here: {', '.join(kind.value for kind in RUNNABLE_KINDS)}"
             )
         problem = _strategy_problem(f"plan layer {index}", layer.strategy)
+        if problem is None and layer.kind.has_experts:
+            problem = _expert_problem(f"plan layer {index}", layer.strategy)
         if problem is not None:
             return problem
+    return None
+
+
+def _expert_problem(where: str, strategy: Strategy) -> str | None:
+    """Megatron trains experts under tensor parallelism only with the sequence split."""
+    if strategy.tp > 1 and strategy.sequence_parallel is SequenceParallel.NONE:
+        return f"{where}.sequence_parallel: none with tp {strategy.tp} and experts; valid: megatron, ulysses"
+    if strategy.zero > 1:
+        return f"{where}.zero: {strategy.zero} with experts; valid: 0, 1"
     return None
 
 
@@ -48,6 +61,6 @@ def _strategy_problem(where: str, strategy: Strategy) -> str | None:
         return f"{where}.offload: {strategy.offload.value}; valid: none (galvatron export --deepspeed keeps it)"
     if strategy.zero > HIGHEST_ZERO:
         return f"{where}.zero: {strategy.zero}; valid: 0 to {HIGHEST_ZERO}"
-    if strategy.cp > 1:
-        return f"{where}.cp: {strategy.cp}; valid where layers differ: 1"
+    if strategy.cp > 1 and strategy.sequence_parallel is SequenceParallel.ULYSSES:
+        return f"{where}.cp: {strategy.cp} with ulysses; valid: cp 1, or sequence_parallel none or megatron"
     return None

@@ -1,7 +1,7 @@
 """What a rank knows while it runs a plan: its place, its groups and how each layer runs."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -10,11 +10,13 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from galvatron_megatron.plan.layer_kind import LayerKind
-from galvatron_megatron.plan.plan import Plan
-from galvatron_megatron.plan.strategy import Strategy
+from galvatron_megatron.plan.plan import LayerPlan, Plan
+from galvatron_megatron.plan.strategy import SequenceParallel, Strategy
 from galvatron_megatron.runtime.groups import (
     GroupRegistry,
     block_sets,
+    context_sets,
+    expert_sets,
     planned_sets,
     replica_group,
     replica_sets,
@@ -36,11 +38,19 @@ class StateClass:
     """In how many parts tensor parallelism splits the weights of a stage."""
     zero: int
     """ZeRO stage of gradients and optimizer states."""
+    expert_shards: int | None = None
+    """In how many of these parts tensor parallelism splits one expert; None where no experts are shared out."""
 
     @classmethod
     def of(cls, strategy: Strategy) -> "StateClass":
         """The class of a layer's parameters."""
         return cls(weight_shards=strategy.weight_shards, zero=strategy.zero)
+
+    @classmethod
+    def of_experts(cls, strategy: Strategy) -> "StateClass":
+        """The class of the experts in a layer."""
+        shards = strategy.expert_shards if strategy.expert_parallel > 1 else None
+        return cls(weight_shards=strategy.expert_ranks, zero=strategy.zero, expert_shards=shards)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -65,6 +75,19 @@ class LayerContext:
     """Of this process inside its stage."""
     streams: RandomStreams
     observer: LayerObserver | None
+    draws_experts: bool
+    """Experts are split otherwise than Megatron's arguments say, and so need random numbers of their own."""
+
+    @property
+    def own_positions(self) -> Layout:
+        """Layout whose positions are those of queries and keys where the attention rotates them.
+
+        Megatron's sequence parallelism has gathered its slices by then, Ulysses has not. The base's, which has
+        all positions, where nothing splits them.
+        """
+        if self.strategy.sequence_parallel is SequenceParallel.ULYSSES:
+            return self.layout
+        return replace(self.layout, split=False) if self.layout.cp > 1 else self.base
 
 
 @dataclass(kw_only=True)
@@ -83,7 +106,7 @@ class RuntimeContext:
     traffic: TrafficCounter = field(default_factory=TrafficCounter)
     observer: LayerObserver | None = None
     _resharders: dict[tuple[Layout, Layout], Resharder] = field(default_factory=dict)
-    _collections: dict[int, ProcessGroupCollection] = field(default_factory=dict)
+    _collections: dict[tuple[int, int], ProcessGroupCollection] = field(default_factory=dict)
 
     @classmethod
     def create(cls, plan: Plan, args: Any, *, observer: LayerObserver | None = None) -> "RuntimeContext":
@@ -134,12 +157,35 @@ class RuntimeContext:
             base=base,
             reshard_input=self.resharder(before, layout),
             reshard_output=self.resharder(layout, base if is_last else layout),
-            groups=self.collection(StateClass.of(layer.strategy)),
+            groups=self._layer_groups(layer),
             sequence_group=tensor_group(self.registry, layer.strategy.tp, self.plan),
             rank=self.rank,
             streams=self.streams,
             observer=self.observer,
+            draws_experts=layer.kind.has_experts and not self._experts_as_megatron(layer.strategy),
         )
+
+    def _layer_groups(self, layer: LayerPlan) -> ProcessGroupCollection:
+        """Megatron's collection for one layer."""
+        strategy, plan = layer.strategy, self.plan
+        groups = copy.copy(self.collection(StateClass.of(strategy)))
+        groups.tp_cp = tensor_group(self.registry, strategy.tp * strategy.cp, plan)
+        if strategy.cp > 1:
+            groups.cp = self.registry.of(context_sets(strategy, plan.world_size))
+        if not layer.kind.has_experts:
+            return groups
+        groups.tp_dp_cp = self.registry.of(replica_sets(1, plan.base.ranks, plan.world_size))
+        groups.expt_tp = tensor_group(self.registry, strategy.expert_shards, plan)
+        groups.tp_ep = tensor_group(self.registry, strategy.expert_ranks, plan)
+        groups.ep = self.registry.of(expert_sets(strategy, plan.world_size))
+        replicas = self.registry.of(replica_sets(strategy.expert_ranks, plan.base.ranks, plan.world_size))
+        groups.expt_dp = groups.expt_dp_gtp_remat = groups.intra_expt_dp = replicas
+        return groups
+
+    def _experts_as_megatron(self, strategy: Strategy) -> bool:
+        """Whether this rank has the same part of the experts as under Megatron's own arguments."""
+        degrees = (self.groups.ep.size(), self.groups.expt_tp.size())
+        return degrees == (strategy.expert_parallel, strategy.expert_shards)
 
     def _position(self, index: int) -> tuple[Layout, Any, bool]:
         """Layout in front of a layer, its plan, and whether it is the last of its virtual stage."""
@@ -167,22 +213,26 @@ class RuntimeContext:
     def collection(self, state_class: StateClass) -> ProcessGroupCollection:
         """Megatron's groups with those of a class of parameters in place of the base layout's."""
         shards = state_class.weight_shards
-        if shards not in self._collections:
+        key = (shards, state_class.expert_shards or shards)
+        if key not in self._collections:
             groups = copy.copy(self.groups)
-            groups.tp = tensor_group(self.registry, shards, self.plan)
+            groups.tp = tensor_group(self.registry, key[1], self.plan)
             replicas = replica_group(
                 self.registry, Strategy(tp=shards, dp=self.plan.base.ranks // shards), self.plan
             )
             groups.dp = groups.dp_cp = groups.dp_cp_gtp_remat = groups.intra_dp_cp = replicas
             groups.intra_dist_opt = dist.group.WORLD
-            self._collections[shards] = groups
-        return self._collections[shards]
+            self._collections[key] = groups
+        return self._collections[key]
 
     @property
     def state_classes(self) -> tuple[StateClass, ...]:
         """The classes of all parameters of the model, the base's first; the same on every rank."""
         strategies = (self.plan.base, *self.plan.strategies)
-        return tuple(dict.fromkeys(StateClass.of(strategy) for strategy in strategies))
+        classes = dict.fromkeys(StateClass.of(strategy) for strategy in strategies)
+        layers = [layer for layer in self.plan.layers if layer.kind.has_experts]
+        classes.update(dict.fromkeys(StateClass.of_experts(layer.strategy) for layer in layers))
+        return tuple(classes)
 
     def destroy(self) -> None:
         """Destroys the groups created for the plan."""

@@ -78,6 +78,7 @@ def parameters_by_class(
     for module in model.modules():
         if isinstance(module, PlannedLayer):
             owner.update(dict.fromkeys(map(id, module.parameters()), module.state_class))
+            owner.update(dict.fromkeys(map(id, module.expert_parameters), module.expert_class))
     found: dict[StateClass, list[torch.nn.Parameter]] = {state_class: [] for state_class in classes}
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -28,6 +28,24 @@ def replica_sets(weight_shards: int, stage_ranks: int, world_size: int) -> Itera
             yield tuple(range(first + shard, first + stage_ranks, weight_shards))
 
 
+def context_sets(strategy: Strategy, world_size: int) -> Iterator[RankSet]:
+    """Sets of ranks that split the sequence of a layer by context parallelism, over all stages."""
+    size = strategy.tp * strategy.cp
+    for first in range(0, world_size, size):
+        for place in range(strategy.tp):
+            yield tuple(range(first + place, first + size, strategy.tp))
+
+
+def expert_sets(strategy: Strategy, world_size: int) -> Iterator[RankSet]:
+    """Sets of ranks that share out the experts of a layer, over all stages: expert-parallel groups.
+
+    Expert tensor parallelism is innermost, as in Megatron's own numbering.
+    """
+    for first in range(0, world_size, strategy.expert_ranks):
+        for shard in range(strategy.expert_shards):
+            yield tuple(range(first + shard, first + strategy.expert_ranks, strategy.expert_shards))
+
+
 def block_sets(source: Layout, target: Layout, world_size: int) -> Iterator[RankSet]:
     """Sets of ranks inside which activations move between two layouts, over all stages."""
     for first in range(0, world_size, source.ranks):
@@ -58,6 +76,15 @@ def planned_sets(plan: Plan) -> tuple[RankSet, ...]:
         for size in dict.fromkeys((strategy.tp, strategy.weight_shards)):
             sets.update(dict.fromkeys(tensor_sets(size, stage_ranks, world_size)))
         sets.update(dict.fromkeys(replica_sets(strategy.weight_shards, stage_ranks, world_size)))
+        if strategy.cp > 1:
+            sets.update(dict.fromkeys(context_sets(strategy, world_size)))
+            sets.update(dict.fromkeys(tensor_sets(strategy.tp * strategy.cp, stage_ranks, world_size)))
+    for strategy in dict.fromkeys(layer.strategy for layer in plan.layers if layer.kind.has_experts):
+        for size in (strategy.expert_shards, strategy.expert_ranks):
+            sets.update(dict.fromkeys(tensor_sets(size, stage_ranks, world_size)))
+        sets.update(dict.fromkeys(expert_sets(strategy, world_size)))
+        for shards in (strategy.expert_ranks, 1):  # replicas of experts, and the whole stage for metrics
+            sets.update(dict.fromkeys(replica_sets(shards, stage_ranks, world_size)))
     for source, target in layout_changes(plan):
         sets.update(dict.fromkeys(block_sets(source, target, world_size)))
     return tuple(sets)

@@ -12,6 +12,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from galvatron_megatron.errors import UnsupportedPlanError
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
 from galvatron_megatron.runtime.context import LayerContext, RuntimeContext, StateClass
+from galvatron_megatron.runtime.context_parallel import GatheredCoreAttention, is_local_attention
+from galvatron_megatron.runtime.experts import experts_config, planned_experts, take_experts
 from galvatron_megatron.runtime.norms import allow_sequence_parallel
 from galvatron_megatron.runtime.ulysses import UlyssesCoreAttention
 
@@ -19,17 +21,22 @@ _HEAD_NORMS = ("q_layernorm", "k_layernorm")
 """Norms inside a head: replicated over tp, each rank's gradient comes from its own heads only."""
 
 
-def layer_config(config: Any, strategy: Strategy) -> Any:
+def layer_config(config: Any, strategy: Strategy, *, is_local: bool = True) -> Any:
     """A copy of Megatron's config for one layer.
 
     Args:
         config: Megatron's transformer config of the model.
         strategy: how the layer runs.
+        is_local: its core attention is Megatron's own, which knows nothing of context parallelism.
     """
     own = copy.copy(config)
     own.tensor_model_parallel_size = strategy.weight_shards
     own.sequence_parallel = strategy.sequence_parallel is SequenceParallel.MEGATRON
     own.qk_layernorm = getattr(config, "planned_qk_layernorm", config.qk_layernorm)
+    if strategy.cp > 1:
+        own.masked_softmax_fusion = False  # the fused kernel takes as many keys as queries
+        if not is_local:
+            own.context_parallel_size = strategy.cp
     own.recompute_granularity = None
     if strategy.recompute is Recompute.SELECTIVE:
         own.recompute_granularity = "selective"
@@ -67,10 +74,21 @@ def _planned_submodules(submodules: Any, context: LayerContext) -> Any:
         value = getattr(submodules, field.name)
         if isinstance(value, ModuleSpec) and dataclasses.is_dataclass(value.submodules):
             value = dataclasses.replace(value, submodules=_planned_submodules(value.submodules, context))
+        elif field.name == "mlp" and isinstance(value, partial):
+            value = planned_experts(value, context)
         elif field.name == "core_attention" and context.strategy.sequence_parallel is SequenceParallel.ULYSSES:
             value = partial(UlyssesCoreAttention, builder=value, group=context.sequence_group)
+        elif field.name == "core_attention" and context.strategy.cp > 1 and is_local_attention(value):
+            value = partial(GatheredCoreAttention, builder=value, layout=context.layout, rank=context.rank)
         replaced[field.name] = allow_sequence_parallel(value)
     return dataclasses.replace(submodules, **replaced)
+
+
+def _is_local(submodules: Any) -> bool:
+    """Whether a layer's core attention is Megatron's own."""
+    attention = getattr(submodules, "self_attention", None)
+    core = getattr(getattr(attention, "submodules", None), "core_attention", None)
+    return is_local_attention(core)
 
 
 class PlannedLayer:
@@ -98,18 +116,24 @@ class PlannedLayer:
         """
         context = runtime.layer(layer_number - 1 if layer_index is None else layer_index)
         options["pg_collection"] = context.groups
-        with context.streams.initialising(context.strategy.weight_shards):
+        drawn = context.strategy.expert_ranks if context.draws_experts else None
+        with context.streams.initialising(context.strategy.weight_shards, expert_ranks=drawn):
             super().__init__(
-                layer_config(config, context.strategy),
+                experts_config(layer_config(config, context.strategy, is_local=_is_local(submodules)), context),
                 _planned_submodules(submodules, context),
                 layer_number,
                 **options,
             )
         self._planned = context
         self.state_class = StateClass.of(context.strategy)
+        self.expert_class = StateClass.of_experts(context.strategy)
+        self.expert_parameters = take_experts(self)
         self.summed_over_tp: list[torch.nn.Parameter] = []
         """Parameters whose gradient each tp rank computes in part: summed over this layer's tp group."""
+        shared_out = set(map(id, self.expert_parameters))
         for name, parameter in self.named_parameters():
+            if id(parameter) in shared_out:
+                continue
             partial_gradient = self.config.sequence_parallel and getattr(parameter, "sequence_parallel", False)
             if partial_gradient or any(norm in name for norm in _HEAD_NORMS):
                 self.summed_over_tp.append(parameter)
@@ -176,9 +200,9 @@ class PlannedLayer:
             # Without --reset-attention-mask (refused otherwise) all samples have the same mask.
             kwargs["attention_mask"] = mask[:1]
         rotary = kwargs.get("rotary_pos_emb")
-        if rotary is not None and context.strategy.sequence_parallel is SequenceParallel.ULYSSES:
+        if rotary is not None and context.own_positions is not context.base:
             length = hidden_states.size(0) * context.layout.sequence_parts
-            rows = context.layout.positions(context.rank, length)
+            rows = context.own_positions.positions(context.rank, length)
             kwargs["rotary_pos_emb"] = _take_rows(rotary, rows)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from megatron.core.tensor_parallel.random import (
     get_cuda_rng_tracker,
     get_data_parallel_rng_tracker_name,
+    get_expert_parallel_rng_tracker_name,
 )
 
 from galvatron_megatron.runtime.layout import Layout
@@ -44,13 +45,14 @@ class RandomStreams:
         """Name of a stream, adding it to the tracker unless it is there.
 
         Args:
-            purpose: ``core`` (weights, attention dropout) or ``slice`` (hidden dropout on sequence slices).
+            purpose: ``core`` (weights, attention dropout), ``slice`` (hidden dropout on sequence slices) or
+                ``expert`` (weights of experts).
             degree: the stream differs between this many consecutive ranks.
         """
         name = f"galvatron-{purpose}-{degree}"
         tracker = get_cuda_rng_tracker()
         if name not in tracker.get_states():
-            order = 2 * degree + (purpose == "slice")
+            order = (2 * degree + (purpose == "slice")) * (-1 if purpose == "expert" else 1)
             seed = self._seed + _OFFSET + _STRIDE * order + self._rank % degree + _RESTART * self._iteration
             # A checkpoint written under another plan replaces all states but leaves the list of seeds.
             tracker.seeds_.discard(seed)
@@ -84,23 +86,31 @@ class RandomStreams:
         self.prepare(self._prepared)
 
     @contextlib.contextmanager
-    def _model_parallel(self, degree: int) -> Iterator[None]:
-        """Makes Megatron's model-parallel stream the one of ``degree`` consecutive ranks."""
-        name = self._stream("core", degree)
+    def _in_place_of(self, replaced: str, purpose: str, degree: int) -> Iterator[None]:
+        """Makes one of Megatron's streams the one of ``degree`` consecutive ranks."""
+        name = self._stream(purpose, degree)
         tracker = get_cuda_rng_tracker()
-        _exchange(tracker, name)
+        _exchange(tracker, name, replaced)
         try:
             yield
         finally:
-            _exchange(tracker, name)
+            _exchange(tracker, name, replaced)
 
     @contextlib.contextmanager
-    def initialising(self, weight_shards: int) -> Iterator[None]:
-        """While building a layer whose weights are split in ``weight_shards`` parts."""
-        if weight_shards == self._base.tp:
-            yield
-            return
-        with self._model_parallel(weight_shards):
+    def initialising(self, weight_shards: int, *, expert_ranks: int | None = None) -> Iterator[None]:
+        """While building a layer.
+
+        Args:
+            weight_shards: in how many parts its weights are split.
+            expert_ranks: over how many consecutive ranks its experts are split; None where Megatron's own
+                stream fits them, or there are none.
+        """
+        with contextlib.ExitStack() as stack:
+            if weight_shards != self._base.tp:
+                stack.enter_context(self._in_place_of(MODEL_PARALLEL_STREAM, "core", weight_shards))
+            if expert_ranks is not None:
+                expert_stream = get_expert_parallel_rng_tracker_name()
+                stack.enter_context(self._in_place_of(expert_stream, "expert", expert_ranks))
             yield
 
     @contextlib.contextmanager
@@ -115,12 +125,12 @@ class RandomStreams:
                 # Megatron's block runs under the model-parallel stream, which differs between tp ranks.
                 stack.enter_context(tracker.fork(get_data_parallel_rng_tracker_name()))
             if not same_degree:
-                stack.enter_context(self._model_parallel(layout.tp))
+                stack.enter_context(self._in_place_of(MODEL_PARALLEL_STREAM, "core", layout.tp))
             yield
 
 
-def _exchange(tracker: object, name: str) -> None:
-    """Swaps the states of a stream and the model-parallel stream."""
+def _exchange(tracker: object, name: str, replaced: str) -> None:
+    """Swaps the states of two streams."""
     states = tracker.get_states()
-    states[name], states[MODEL_PARALLEL_STREAM] = states[MODEL_PARALLEL_STREAM], states[name]
+    states[name], states[replaced] = states[replaced], states[name]
     tracker.set_states(states)

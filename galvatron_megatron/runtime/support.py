@@ -17,9 +17,27 @@ SUPPORTED_MEGATRON = ("0.19",)
 
 _REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
     ("context_parallel_size", lambda v: v > 1, "context parallelism", "--context-parallel-size 1"),
-    ("expert_model_parallel_size", lambda v: v > 1, "expert parallelism", "--expert-model-parallel-size 1"),
-    ("num_experts", bool, "mixture-of-experts layers", "a plan in which all layers run alike"),
+    (
+        "moe_router_load_balancing_type",
+        lambda v: not set([v] if isinstance(v, str) else v) <= {"aux_loss", "seq_aux_loss", "none"},
+        "balancing over tokens of other layouts",
+        "aux_loss, seq_aux_loss, none",
+    ),
+    ("moe_router_enable_expert_bias", bool, "a bias by counted tokens", "no --moe-router-enable-expert-bias"),
+    ("moe_expert_capacity_factor", bool, "dropping by the tokens of a rank", "no --moe-expert-capacity-factor"),
+    ("moe_expert_rank_capacity_factor", bool, "dropping by the tokens of a rank", "leave it out"),
+    ("moe_token_dispatcher_type", lambda v: v == "flex", "this dispatcher", "allgather, alltoall"),
+    ("moe_shared_expert_overlap", bool, "shared experts on their own stream", "no --moe-shared-expert-overlap"),
+    ("moe_enable_routing_replay", bool, "replayed routing", "leave it out"),
+    ("overlap_moe_expert_parallel_comm", bool, "overlap across micro-batches", "leave it out"),
+    (
+        "expert_model_parallel_size",
+        lambda v: v > 1,
+        "one degree for all experts",
+        "expert_parallel in the plan's strategies",
+    ),
     ("mtp_num_layers", bool, "multi-token prediction", "no --mtp-num-layers"),
+    # Megatron scatters compressed queries and keys over its own tp group, whatever a layer's group is.
     ("multi_latent_attention", bool, "multi-latent attention", "a plan in which all layers run alike"),
     ("reset_attention_mask", bool, "a mask per sample", "no --reset-attention-mask"),
     ("sft", bool, "packed sequences", "no --sft"),
@@ -144,17 +162,20 @@ def _check_base(plan: Plan, args: Any) -> None:
     layers = getattr(args, "num_layers", None)
     if layers is not None and layers != len(plan.layers):
         raise UnsupportedPlanError(f"plan: {len(plan.layers)} layers; valid: {layers}, as --num-layers says")
-    _check_kinds(plan, getattr(args, "hybrid_layer_pattern", None))
+    _check_kinds(plan, args)
 
 
-def _check_kinds(plan: Plan, pattern: str | None) -> None:
+def _check_kinds(plan: Plan, args: Any) -> None:
     """The plan is for this model: the same kinds of layers, in the same stages."""
+    pattern = getattr(args, "hybrid_layer_pattern", None)
     if not pattern:
-        kinds = {layer.kind for layer in plan.layers} & {LayerKind.ATTENTION, LayerKind.MLP}
+        kinds = {layer.kind for layer in plan.layers} - {LayerKind.BLOCK, LayerKind.MOE_BLOCK}
         if kinds:
             raise UnsupportedPlanError(
-                f"plan: layers of kind {', '.join(sorted(kinds))}, which only hybrid models have; valid: block"
+                f"plan: layers of kind {', '.join(sorted(kinds))}, which only hybrid models have; "
+                "valid: block, moe_block"
             )
+        _check_experts(plan, args)
         return
     symbols = {LayerKind.ATTENTION: "*", LayerKind.MLP: "-", LayerKind.MOE: "E", LayerKind.MAMBA: "M"}
     planned = "|".join("".join(symbols.get(layer.kind, "?") for layer in stage.layers) for stage in plan.stages)
@@ -162,6 +183,22 @@ def _check_kinds(plan: Plan, pattern: str | None) -> None:
         raise UnsupportedPlanError(
             f"plan: its layers are {planned!r}; valid: {pattern!r}, as --hybrid-layer-pattern says"
         )
+
+
+def _check_experts(plan: Plan, args: Any) -> None:
+    """The layers of a GPT model have experts where the plan says so."""
+    frequency = getattr(args, "moe_layer_freq", 1) if getattr(args, "num_experts", None) else [0]
+    for index, layer in enumerate(plan.layers):
+        if isinstance(frequency, int):
+            expected = index % frequency == 0
+        else:
+            expected = bool(frequency[index % len(frequency)])
+        kind = LayerKind.MOE_BLOCK if expected else LayerKind.BLOCK
+        if layer.kind is not kind:
+            raise UnsupportedPlanError(
+                f"plan layer {index}: {layer.kind.value}; valid: {kind.value}, as --num-experts and "
+                "--moe-layer-freq say"
+            )
 
 
 def check_stage(plan: Plan, first: int, count: int, position: int, chunk: int) -> None:
@@ -199,9 +236,25 @@ def _check_layer(index: int, plan: Plan, args: Any) -> None:
         raise UnsupportedPlanError(
             f"{where}: tp {strategy.tp} and the {groups} query groups; valid: one divides the other"
         )
-    if args.ffn_hidden_size % strategy.weight_shards:
+    if plan.layers[index].kind.has_experts:
+        for name, shards in (
+            ("moe_ffn_hidden_size", strategy.expert_shards),
+            ("moe_shared_expert_intermediate_size", strategy.weight_shards),
+            ("num_experts", strategy.expert_parallel),
+        ):
+            size = getattr(args, name, None)
+            if size is not None and size % shards:
+                raise UnsupportedPlanError(
+                    f"{where}: {shards} ranks do not divide --{name.replace('_', '-')} {size}"
+                )
+    elif args.ffn_hidden_size % strategy.weight_shards:
         raise UnsupportedPlanError(
             f"{where}: tp {strategy.tp} does not divide --ffn-hidden-size {args.ffn_hidden_size}"
+        )
+    parts = 2 * strategy.cp * (1 if strategy.sequence_parallel is SequenceParallel.NONE else strategy.tp)
+    if strategy.cp > 1 and args.seq_length % parts:
+        raise UnsupportedPlanError(
+            f"{where}: cp {strategy.cp} needs a --seq-length divisible by {parts}, not {args.seq_length}"
         )
     if strategy.sequence_parallel is not SequenceParallel.NONE and args.seq_length % strategy.tp:
         raise UnsupportedPlanError(f"{where}: tp {strategy.tp} does not divide --seq-length {args.seq_length}")

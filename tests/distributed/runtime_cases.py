@@ -18,12 +18,42 @@ GROUPED = {
     "qk-layernorm": True,
     "vocab-size": 61,
 }
-"""Two key-value heads, norms inside the heads, a vocabulary that is padded differently at each tp."""
+"""Two key-value heads, norms inside the heads, a vocabulary that is padded (alike at each tp, or losses would
+differ: Megatron's loss counts the padding)."""
+
+ONE_HEAD = {**GROUPED, "num-query-groups": 1, "vocab-size": 62}
+"""One key-value head for all."""
+TIED = {**MODERN, "untie-embeddings-and-output-weights": None, "vocab-size": 63}
+"""Tied embeddings with a padded vocabulary."""
+EXPERTS = {
+    **MODERN,
+    "num-experts": 4,
+    "moe-router-topk": 2,
+    "moe-ffn-hidden-size": 32,
+    "moe-router-load-balancing-type": "seq_aux_loss",
+    "moe-aux-loss-coeff": 0.1,
+    "moe-z-loss-coeff": 0.01,
+}
+"""The load is balanced by sequence: a loss that, unlike the one by micro-batch, is equal in every layout."""
 
 MODELS = {
+    "experts": {"arguments": {**EXPERTS, "moe-layer-freq": "[0,1,1,0]"}, "blocks": "beeb"},
+    "experts-exchanged": {
+        "arguments": {
+            **EXPERTS,
+            "moe-token-dispatcher-type": "alltoall",
+            "moe-shared-expert-intermediate-size": 32,
+            "calculate-per-token-loss": True,
+        },
+        "blocks": "eeee",
+    },
+    "experts-hybrid": {"arguments": EXPERTS, "pattern": "*E*E"},
     "modern": {"arguments": MODERN},
     "classic": {"arguments": CLASSIC},
     "grouped": {"arguments": GROUPED},
+    "one-head": {"arguments": ONE_HEAD},
+    "tied": {"arguments": TIED},
+    "hybrid-grouped": {"arguments": GROUPED, "pattern": "*-*-"},
     "unclipped": {"arguments": {**MODERN, "clip-grad": 0.0}},
     "token-loss": {"arguments": {**MODERN, "calculate-per-token-loss": True}},
     "hybrid": {"arguments": MODERN, "pattern": "*-*-"},
@@ -39,6 +69,8 @@ def case(name, model, base, *stages, pattern=None, **options):
     known = MODELS[model]
     arguments = {**known["arguments"], **options.pop("arguments", {})}
     made = {"name": name, "model": model, "base": base, "stages": [list(s) for s in stages], **options}
+    if "blocks" in known:
+        made["blocks"] = known["blocks"]
     if pattern or "pattern" in known:
         made["pattern"] = pattern or known["pattern"]
     return {**made, "arguments": arguments}
@@ -173,6 +205,136 @@ FEATURES = (
         pattern="*-|*-",
     ),
     case("hybrid-split", "hybrid", "tp4+megatron", ["tp1 recompute-full", "tp4+megatron", "tp2", "tp4"]),
+    case("tied", "tied", "tp4", ["tp1", "tp2+megatron", "tp4", "tp2"]),
+    case("tied-sharded", "tied", "tp2 zero1", ["tp4 zero1", "tp1 zero1", "tp2+ulysses zero1", "tp2"]),
+    case("tied-pipeline", "tied", "tp2+megatron", ["tp1"], ["tp2", "tp1 zero1", "tp2+megatron"], pp=2),
+    case(
+        "tied-interleaved",
+        "tied",
+        "tp2 zero1",
+        ["tp1"],
+        ["tp2+megatron"],
+        ["tp2"],
+        ["tp1 zero1"],
+        pp=2,
+        virtual=2,
+        micro_batch=1,
+    ),
+    case("one-head", "one-head", "tp1", ["tp4+ulysses", "tp2", "tp4", "tp2+megatron"]),
+    case("one-head-split", "one-head", "tp4+megatron", ["tp2+ulysses", "tp1", "tp2", "tp4 recompute-full"]),
+    case("one-head-pipeline", "one-head", "tp1 zero1", ["tp2+ulysses", "tp2"], ["tp1", "tp2+megatron"], pp=2),
+    case("grouped-pipeline", "grouped", "tp2", ["tp1", "tp2+ulysses", "tp2+megatron"], ["tp1"], pp=2),
+    case(
+        "grouped-interleaved",
+        "grouped",
+        "tp1",
+        ["tp2+megatron"],
+        ["tp2"],
+        ["tp1"],
+        ["tp2+ulysses"],
+        pp=2,
+        virtual=2,
+        micro_batch=2,
+    ),
+    case(
+        "grouped-sharded",
+        "grouped",
+        "tp1 zero1",
+        ["tp4 zero1", "tp2+ulysses zero1", "tp1", "tp4+megatron zero1"],
+    ),
+    case("classic-sharded", "classic", "tp2 zero1", ["tp2+ulysses", "tp4+megatron zero1", "tp1 zero1", "tp4"]),
+    case(
+        "classic-recomputed",
+        "classic",
+        "tp1",
+        ["tp2 recompute-full", "tp2+megatron recompute-selective", "tp4+ulysses recompute-selective", "tp1"],
+    ),
+    case("classic-late", "classic", "tp2", ["tp2", "tp2", "tp1"], ["tp1"], pp=2),
+    case("one-layer-differs", "modern", "tp4", ["tp4", "tp4", "tp1", "tp4"]),
+    case("sharding-differs", "modern", "tp2", ["tp2 zero1", "tp2", "tp2 zero1", "tp2"]),
+    case("recompute-differs", "modern", "tp1", ["tp1", "tp1 recompute-full", "tp1 recompute-selective", "tp1"]),
+    case("base-apart", "modern", "tp4+megatron", ["tp1 zero1"] * 4),
+    case("base-apart-ulysses", "modern", "tp1 zero1", ["tp4+ulysses zero1"] * 4),
+    case("four-stages", "modern", "tp1", ["tp1"], ["tp1 recompute-full"], ["tp1 zero1"], ["tp1"], pp=4),
+    case("small-micro-batches", "modern", "tp2", ["tp2+megatron", "tp2+ulysses", "tp4", "tp2"], micro_batch=1),
+    case("one-micro-batch", "modern", "tp1", MIXED, micro_batches=1),
+    case("hybrid-ulysses", "hybrid", "tp2+megatron", ["tp2+ulysses", "tp4", "tp4+ulysses", "tp1 zero1"]),
+    case(
+        "hybrid-sharded",
+        "hybrid",
+        "tp1 zero1",
+        ["tp4 zero1", "tp1 zero1", "tp2+megatron zero1", "tp4+megatron zero1"],
+    ),
+    case(
+        "hybrid-interleaved",
+        "hybrid",
+        "tp1",
+        ["tp2"],
+        ["tp1"],
+        ["tp2+megatron"],
+        ["tp2 recompute-full"],
+        pp=2,
+        virtual=2,
+        micro_batch=2,
+        pattern="*|-|*|-",
+    ),
+    case("hybrid-grouped", "hybrid-grouped", "tp2", ["tp4+megatron", "tp1", "tp2+ulysses", "tp4"]),
+    case(
+        "hybrid-grouped-uneven",
+        "hybrid-grouped",
+        "tp1",
+        ["tp2+ulysses", "tp2", "tp1"],
+        ["tp2+megatron"],
+        pp=2,
+        pattern="*-*|-",
+    ),
+)
+
+MIXTURES = (
+    case("experts", "experts", "tp1", ["tp2", "tp2+megatron", "tp4+megatron", "tp1"]),
+    case("experts-apart", "experts", "tp2", ["tp4", "tp1 ep4", "tp4+megatron ep2 etp1", "tp2"]),
+    case("experts-split", "experts", "tp2+megatron zero1", ["tp1", "tp1 ep4", "tp2+ulysses ep4 zero1", "tp4"]),
+    case(
+        "experts-recomputed",
+        "experts",
+        "tp1",
+        ["tp2", "tp4+megatron recompute-full", "tp2+ulysses recompute-selective", "tp1"],
+    ),
+    case("experts-pipeline", "experts", "tp1", ["tp2", "tp1 ep2"], ["tp2+ulysses ep2", "tp2"], pp=2),
+    case("experts-tensor", "experts", "tp1 zero1", ["tp2", "tp1 etp2 zero1", "tp4+megatron etp2 zero1", "tp1"]),
+    case(
+        "experts-exchanged",
+        "experts-exchanged",
+        "tp1",
+        ["tp1 ep2", "tp2+megatron ep2", "tp4+ulysses ep4", "tp4+megatron etp1 ep2 zero1"],
+    ),
+    case(
+        "experts-exchanged-whole",
+        "experts-exchanged",
+        "tp2+megatron",
+        ["tp1", "tp2+megatron", "tp4+ulysses zero1", "tp4+megatron"],
+    ),
+    case(
+        "experts-hybrid", "experts-hybrid", "tp2+megatron", ["tp4", "tp1 ep2", "tp2", "tp2+ulysses ep2 zero1"]
+    ),
+    case(
+        "experts-hybrid-whole", "experts-hybrid", "tp1", ["tp2+ulysses", "tp4+megatron", "tp1", "tp2+megatron"]
+    ),
+)
+
+CONTEXT = (
+    case("context", "modern", "tp1", ["tp1 cp2", "tp1 cp4", "tp2 cp2", "tp2+megatron cp2"]),
+    case(
+        "context-recomputed",
+        "modern",
+        "tp2+megatron zero1",
+        ["tp1 cp4 recompute-full", "tp2+ulysses", "tp2+megatron cp2 recompute-selective", "tp1 cp2 zero1"],
+    ),
+    case("context-grouped", "grouped", "tp4", ["tp2+megatron cp2", "tp1", "tp1 cp4", "tp2 cp2"]),
+    case("context-classic", "classic", "tp2", ["tp1 cp2", "tp1"], ["tp2", "tp1 cp2 zero1"], pp=2),
+    case("context-hybrid", "hybrid", "tp1", ["tp1 cp4", "tp2", "tp2+megatron cp2", "tp1"]),
+    case("context-experts", "experts", "tp1", ["tp1", "tp1 cp4", "tp2+megatron cp2", "tp1 cp2"]),
+    case("context-experts-shared-out", "experts", "tp1", ["tp2", "tp1 cp2 ep4", "tp2+ulysses ep4", "tp1 cp4"]),
 )
 
 HALF = (

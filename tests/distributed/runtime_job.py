@@ -49,6 +49,15 @@ VOCABULARY = 64
 STEPS = 10
 
 
+KINDS = {
+    "*": LayerKind.ATTENTION,
+    "-": LayerKind.MLP,
+    "E": LayerKind.MOE,
+    "b": LayerKind.BLOCK,
+    "e": LayerKind.MOE_BLOCK,
+}
+
+
 def strategy_of(words: str, ranks: int) -> Strategy:
     """A strategy from words such as ``"tp2+megatron zero1 recompute-full"``; dp fills the stage."""
     values = {}
@@ -58,13 +67,19 @@ def strategy_of(words: str, ranks: int) -> Strategy:
             values["tp"] = int(degree)
             if parallel:
                 values["sequence_parallel"] = SequenceParallel(parallel)
+        elif word.startswith("cp"):
+            values["cp"] = int(word[2:])
+        elif word.startswith("etp"):
+            values["expert_tensor_parallel"] = int(word[3:])
+        elif word.startswith("ep"):
+            values["expert_parallel"] = int(word[2:])
         elif word.startswith("zero"):
             values["zero"] = int(word[4:])
         elif word.startswith("recompute-"):
             values["recompute"] = Recompute(word.removeprefix("recompute-"))
         else:
             raise ValueError(word)
-    return Strategy(dp=ranks // values.get("tp", 1), **values)
+    return Strategy(dp=ranks // values.get("tp", 1) // values.get("cp", 1), **values)
 
 
 def plan_of(case: dict, world_size: int) -> Plan:
@@ -73,9 +88,9 @@ def plan_of(case: dict, world_size: int) -> Plan:
     ranks = world_size // pp
     pattern = case.get("pattern")
     kinds = iter(
-        [LayerKind.ATTENTION if letter == "*" else LayerKind.MLP for letter in pattern.replace("|", "")]
+        [KINDS[letter] for letter in pattern.replace("|", "")]
         if pattern
-        else [LayerKind.BLOCK] * sum(map(len, case["stages"]))
+        else [KINDS[letter] for letter in case.get("blocks", "b" * sum(map(len, case["stages"])))]
     )
     base = strategy_of(case["base"], ranks)
     micro = case.get("micro_batch", 8 // base.dp // case.get("micro_batches", 2))
@@ -229,9 +244,14 @@ def shards(models) -> list[ShardedTensor]:
     return found
 
 
+def place(offset: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """Where a piece lies in the whole; leading dimensions that only the whole has are experts, one by one."""
+    shape = (1,) * (len(offset) - len(shape)) + tuple(shape)
+    return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+
+
 def local_slice(full: torch.Tensor, shard: ShardedTensor) -> torch.Tensor:
-    index = tuple(slice(o, o + n) for o, n in zip(shard.global_offset, shard.data.shape, strict=True))
-    return full[index]
+    return full[place(shard.global_offset, shard.data.shape)]
 
 
 def set_weights(models, optimizer) -> None:
@@ -267,7 +287,7 @@ def gather_weights(models) -> dict[str, np.ndarray]:
     whole = {}
     for key, shape, offset, value in (entry for owned in gathered for entry in owned):
         full = whole.setdefault(key, np.full(shape, np.nan, dtype=np.float32))
-        full[tuple(slice(o, o + n) for o, n in zip(offset, value.shape, strict=True))] = value
+        full[place(offset, value.shape)] = value
     return whole
 
 

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from runtime_cases import FEATURES, HALF, LAYOUTS, MIXED, case, changes, pair_cases
+from runtime_cases import CONTEXT, FEATURES, HALF, LAYOUTS, MIXED, MIXTURES, case, changes, pair_cases
 from runtime_rank import assert_same_training, references, relative, train, weight_difference
 
 pytestmark = pytest.mark.distributed
@@ -27,7 +27,7 @@ def test_the_plans_change_between_all_pairs_of_layouts():
     assert changes(pair_cases()) >= {(a, b) for a, b in product(LAYOUTS, LAYOUTS) if a != b}
 
 
-@pytest.mark.parametrize("made", [*pair_cases(), *FEATURES], ids=lambda made: made["name"])
+@pytest.mark.parametrize("made", [*pair_cases(), *FEATURES, *MIXTURES, *CONTEXT], ids=lambda made: made["name"])
 def test_same_training(ranks, made):
     expected = references(ranks)[made["model"]]
     seen = ranks(4).run(train, made)[0]

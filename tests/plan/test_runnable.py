@@ -20,6 +20,8 @@ def _plan(*strategies: Strategy, base: Strategy = PLAIN, kind: LayerKind = Layer
     [
         _plan(PLAIN, PLAIN),
         _plan(PLAIN, Strategy(tp=1, dp=8)),
+        _plan(PLAIN, Strategy(tp=2, cp=2, dp=2)),
+        _plan(Strategy(dp=8), Strategy(dp=8, expert_parallel=4), kind=LayerKind.MOE),
         _plan(PLAIN, Strategy(tp=4, sequence_parallel=SequenceParallel.ULYSSES, dp=2, zero=1)),
         _plan(PLAIN, PLAIN, kind=LayerKind.MAMBA),
         _plan(PLAIN, replace(PLAIN, zero=2)),
@@ -42,7 +44,22 @@ def test_what_can_be_executed(plan):
             _plan(replace(PLAIN, zero=1), base=replace(PLAIN, zero=1, offload=Offload.OPTIMIZER)),
             "plan.base.offload: optimizer; valid: none (galvatron export --deepspeed keeps it)",
         ),
-        (_plan(PLAIN, Strategy(tp=2, cp=2, dp=2)), "plan layer 1.cp: 2; valid where layers differ: 1"),
+        (
+            _plan(PLAIN, Strategy(tp=2, sequence_parallel=SequenceParallel.ULYSSES, cp=2, dp=2)),
+            "plan layer 1.cp: 2 with ulysses; valid: cp 1, or sequence_parallel none or megatron",
+        ),
+        (
+            _plan(PLAIN, base=Strategy(tp=2, cp=2, dp=2)),
+            "plan.base.cp: 2; valid for the base of layers that differ: 1",
+        ),
+        (
+            _plan(PLAIN, Strategy(dp=8), Strategy(tp=2, dp=4), kind=LayerKind.MOE),
+            "plan layer 0.sequence_parallel: none with tp 2 and experts; valid: megatron, ulysses",
+        ),
+        (
+            _plan(Strategy(dp=8), Strategy(dp=8, zero=2), kind=LayerKind.MOE),
+            "plan layer 1.zero: 2 with experts; valid: 0, 1",
+        ),
         (
             _plan(Strategy(dp=8), base=Strategy(tp=2, sequence_parallel=SequenceParallel.ULYSSES, dp=4)),
             "plan.base.sequence_parallel: ulysses; valid for the base: none, megatron",
@@ -50,7 +67,7 @@ def test_what_can_be_executed(plan):
         (
             _plan(PLAIN, Strategy(dp=8), kind=LayerKind.MAMBA),
             "plan layer 0: layers of kind mamba run only where all layers run alike; valid here: "
-            "block, attention, mlp",
+            "block, moe_block, attention, mlp, moe",
         ),
     ],
 )
@@ -58,11 +75,10 @@ def test_what_cannot_and_why(plan, problem):
     assert execution_problem(plan) == problem
 
 
-def test_layers_with_experts_run_only_where_all_layers_run_alike() -> None:
-    moe = LayerPlan(kind=LayerKind.MOE_BLOCK, strategy=replace(PLAIN, expert_parallel=4))
+def test_layers_with_experts_run_beside_layers_that_differ() -> None:
+    alone = Strategy(dp=8)
+    moe = LayerPlan(kind=LayerKind.MOE_BLOCK, strategy=replace(alone, expert_parallel=4))
     settings = {"pp": 1, "micro_batch_size": 8, "micro_batches": 1, "base": PLAIN}
-    dense = LayerPlan(kind=LayerKind.BLOCK, strategy=PLAIN)
-    assert execution_problem(Plan(stages=(StagePlan(layers=(dense, moe)),), **settings)) is None
-    other = LayerPlan(kind=LayerKind.BLOCK, strategy=Strategy(dp=8))
-    problem = execution_problem(Plan(stages=(StagePlan(layers=(other, moe)),), **settings))
-    assert problem.startswith("plan layer 1: layers of kind moe_block run only where all layers run alike")
+    for strategy in (alone, PLAIN):
+        dense = LayerPlan(kind=LayerKind.BLOCK, strategy=strategy)
+        assert execution_problem(Plan(stages=(StagePlan(layers=(dense, moe)),), **settings)) is None

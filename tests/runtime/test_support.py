@@ -55,7 +55,14 @@ def test_a_plan_of_stock_megatron_is_not_questioned():
     ("name", "value"),
     [
         ("context_parallel_size", 2),
-        ("num_experts", 8),
+        ("moe_router_load_balancing_type", "sinkhorn"),
+        ("moe_router_load_balancing_type", ["aux_loss", "global_aux_loss"]),
+        ("moe_router_enable_expert_bias", True),
+        ("moe_expert_capacity_factor", 1.5),
+        ("moe_token_dispatcher_type", "flex"),
+        ("moe_shared_expert_overlap", True),
+        ("expert_model_parallel_size", 2),
+        ("multi_latent_attention", True),
         ("mtp_num_layers", 1),
         ("reset_attention_mask", True),
         ("sft", True),
@@ -103,7 +110,7 @@ def test_arguments_that_contradict_the_plan_are_named(name, value):
             {"group_query_attention": True, "num_query_groups": 3, "num_attention_heads": 6},
             "query groups",
         ),
-        (Strategy(tp=1, cp=2, dp=2), {}, r"cp: 2"),
+        (Strategy(tp=1, cp=2, dp=2), {"seq_length": 18}, "cp 2 needs"),
     ],
 )
 def test_layers_that_cannot_run_are_named(strategy, changes, words):
@@ -140,10 +147,21 @@ def test_who_runs_stage_1_can_be_chosen():
         check_supported(uniform, arguments(galvatron_zero_backend="apex"))
 
 
-@pytest.mark.parametrize("kind", [LayerKind.MOE_BLOCK, LayerKind.MAMBA, LayerKind.MOE])
-def test_kinds_that_cannot_run_are_named(kind):
-    with pytest.raises(UnsupportedPlanError, match=kind.value):
-        check_supported(plan(ONE, TWO, kind=kind), arguments())
+def test_kinds_that_cannot_run_are_named():
+    with pytest.raises(UnsupportedPlanError, match="mamba"):
+        check_supported(plan(ONE, TWO, kind=LayerKind.MAMBA), arguments())
+
+
+def test_experts_must_be_where_the_model_has_them():
+    split = replace(TWO, sequence_parallel=SequenceParallel.MEGATRON)
+    mixed = plan(ONE, split, kind=LayerKind.MOE_BLOCK)
+    check_supported(mixed, arguments(num_experts=4, moe_layer_freq=1, moe_ffn_hidden_size=64))
+    with pytest.raises(UnsupportedPlanError, match="plan layer 0: moe_block; valid: block"):
+        check_supported(mixed, arguments())
+    with pytest.raises(UnsupportedPlanError, match="plan layer 1: moe_block; valid: block"):
+        check_supported(mixed, arguments(num_experts=4, moe_layer_freq=[1, 0]))
+    with pytest.raises(UnsupportedPlanError, match="moe-ffn-hidden-size 33"):
+        check_supported(mixed, arguments(num_experts=4, moe_layer_freq=1, moe_ffn_hidden_size=33))
 
 
 def test_another_megatron_is_refused(monkeypatch):
