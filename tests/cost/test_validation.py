@@ -35,6 +35,18 @@ def test_gates(name: str) -> None:
     }
 
 
+def test_missed_rank_correlations_are_beyond_the_spread_of_equal_layers() -> None:
+    """A model whose only error is that spread would miss these gates too, and reach all others."""
+    for report in reports():
+        for (name, value, _), (group, reached, often) in zip(
+            report.rank_correlations, report.reachable, strict=True
+        ):
+            assert name == group
+            assert 0 <= often <= 1
+            missed = value < GATES[report.table.name]["Spearman"]
+            assert missed == (reached < GATES[report.table.name]["Spearman"]), name
+
+
 def test_the_page_is_up_to_date() -> None:
     """``galvatron validate --markdown > docs/accuracy.md`` makes it."""
     alone = constants_alone([shipped_table(name) for name in SHIPPED])
