@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,7 +108,8 @@ class DecisionStore:
             return Decision.from_dict(document["decision"], str(path)), ""
         except (GalvatronError, ValueError, KeyError) as error:
             aside = path.with_suffix(".damaged")
-            path.replace(aside)
+            with suppress(FileNotFoundError):  # another job that met it did so first
+                path.replace(aside)
             return None, f"kept plan {path}: damaged ({error}); set aside as {aside.name}, planning again"
 
     def write(self, job: Mapping[str, object], decision: Decision) -> None:

@@ -81,6 +81,8 @@ def read_document(path: Path | str, error: type[GalvatronError] = PlanError) -> 
         if isinstance(cause, LookupError | TypeError | AttributeError):
             problem = "a value does not fit its tag"
         raise error(f"{path}: is not {kind}: {problem}; valid: well-formed {kind}, every key once") from None
+    if content is None:
+        raise error(f"{path}: is empty; valid: a mapping at the top level")
     if not isinstance(content, dict):
         raise error(f"{path}: holds a {type(content).__name__}; valid: a mapping at the top level")
     return content

@@ -158,7 +158,7 @@ def test_the_plan_in_a_search_result(tmp_path: Path) -> None:
         ("pp: 1\npp: 2\n", "key 'pp' is given twice"),
         ("pp: [1\n", "is not YAML"),
         ("[1, 2]\n", "holds a list"),
-        ("", "holds a NoneType"),
+        ("", "is empty"),
         ("pp: !!python/object/apply:os.system ['true']\n", "is not YAML"),
         ("schema_version: 2\nstrange: 1\n", "schema_version: 2 is not readable"),
         ("{1: 2}\n", "unknown key 1"),
