@@ -161,7 +161,7 @@ def measure(options: argparse.Namespace) -> None:
     attachment = attach.Attachment(plan, args)
     arms["plan"] = arm()
     attachment.detach(keep_groups=True)
-    attach.runs_on_stock_megatron = lambda plan: False
+    attach.is_left_to_megatron = lambda plan, args: False
     attachment = attach.Attachment(plan, args)
     arms["forced"] = arm()
     attachment.detach(keep_groups=True)

@@ -25,7 +25,7 @@ from galvatron_megatron.plan.checks import shown
 from galvatron_megatron.plan.constraints import Constraints
 from galvatron_megatron.plan.document import SUFFIXES, check_target
 from galvatron_megatron.plan.plan import Fingerprints
-from galvatron_megatron.plan.runnable import HIGHEST_ZERO
+from galvatron_megatron.plan.runnable import HIGHEST_STOCK_ZERO, HIGHEST_ZERO
 from galvatron_megatron.plan.serialization import write_plan
 from galvatron_megatron.plan.strategy import Offload, Recompute, SequenceParallel
 from galvatron_megatron.report.search_report import print_search, print_space, search_document
@@ -77,8 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits.add_argument(
         "--max-zero",
         type=int,
-        default=HIGHEST_ZERO,
-        help="highest ZeRO stage (default: %(default)s, the highest that jobs can be trained with here)",
+        help=f"highest ZeRO stage (default: {HIGHEST_ZERO}, the highest that jobs can be trained with here; "
+        f"with --uniform {HIGHEST_STOCK_ZERO}, the highest of stock Megatron)",
     )
     limits.add_argument("--no-ulysses", action="store_true", help="no Ulysses sequence parallelism")
     limits.add_argument("--no-context-parallel", action="store_true", help="no context parallelism")
@@ -178,6 +178,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _max_zero(arguments: argparse.Namespace) -> int:
+    """The highest ZeRO stage: as asked, else the highest that the plans asked for can be trained with."""
+    if arguments.max_zero is not None:
+        return arguments.max_zero
+    return HIGHEST_STOCK_ZERO if arguments.uniform else HIGHEST_ZERO
+
+
 def _check_targets(arguments: argparse.Namespace) -> None:
     """Refuses files that could not be written, before the search."""
     for flag, path, suffixes in (
@@ -236,7 +243,7 @@ def _request(arguments: argparse.Namespace, model: Model, cluster: Cluster, memo
         global_batch_sizes=() if len(batches) == 1 else batches,
         constraints=constraints,
         layerwise=not arguments.uniform,
-        max_zero=arguments.max_zero,
+        max_zero=_max_zero(arguments),
         allow_ulysses=not arguments.no_ulysses,
         allow_cp=not arguments.no_context_parallel,
         allow_expert_parallel=not arguments.no_expert_parallel,

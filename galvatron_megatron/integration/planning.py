@@ -30,7 +30,7 @@ from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.line import plan_line
 from galvatron_megatron.plan.megatron_arguments import megatron_arguments, runs_on_stock_megatron
 from galvatron_megatron.plan.plan import Fingerprints, Plan
-from galvatron_megatron.plan.runnable import HIGHEST_ZERO
+from galvatron_megatron.plan.runnable import HIGHEST_STOCK_ZERO, HIGHEST_ZERO
 from galvatron_megatron.plan.serialization import read_plan
 from galvatron_megatron.profiler.needs import ProfileNeeds, tensor_degrees
 from galvatron_megatron.profiler.session import profile_live_ranks
@@ -300,7 +300,7 @@ class JobPlanner:
             global_batch_size=self.args.global_batch_size,
             constraints=self.constraints,
             layerwise=not self.options.uniform,
-            max_zero=HIGHEST_ZERO,
+            max_zero=HIGHEST_STOCK_ZERO if self.options.uniform else HIGHEST_ZERO,
             allow_ulysses=False,
             allow_cp=False,
             # Not measured.

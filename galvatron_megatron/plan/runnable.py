@@ -11,6 +11,9 @@ RUNNABLE_KINDS = (LayerKind.BLOCK, LayerKind.MOE_BLOCK, LayerKind.ATTENTION, Lay
 HIGHEST_ZERO = 3
 """Highest ZeRO stage that is executed."""
 
+HIGHEST_STOCK_ZERO = 1
+"""Highest ZeRO stage that Megatron's own code executes."""
+
 
 def execution_problem(plan: Plan) -> str | None:
     """Says why a plan cannot be executed.

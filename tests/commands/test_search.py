@@ -53,6 +53,15 @@ def test_shows_the_space(capsys):
     assert "decision tree" in shown and "tp_heads" in shown
 
 
+def test_uniform_plans_are_those_of_stock_megatron(capsys):
+    words = [*SMALL[:-2], "--memory-gb", "5", "--tp", "1", "--pp", "1", "--json"]
+    assert main([*words, "--uniform"]) == 0
+    plan = plan_from_dict(json.loads(capsys.readouterr().out)["plan"])
+    assert plan.base.zero <= 1 and {s.zero for s in plan.strategies} == {plan.base.zero}
+    assert main(words) == 0
+    assert max(s.zero for s in plan_from_dict(json.loads(capsys.readouterr().out)["plan"]).strategies) > 1
+
+
 def test_hand_made_decisions_are_kept(capsys):
     assert main([*SMALL, "--json", "--tp", "2", "--pp", "2", "--recompute", "full"]) == 0
     plan = plan_from_dict(json.loads(capsys.readouterr().out)["plan"])
