@@ -199,9 +199,11 @@ class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
         """
         for parameter in names:
             parameter.ds_zero_partition_process_group = options.group
+        held = {id(part) for module in modules for part in module.modules()}
+        outside = [module for module, _ in borrowers if id(module) not in held]
         with _without_world_barriers():
             super().__init__(
-                torch.nn.ModuleList([*modules, *(module for module, _ in borrowers)]),
+                torch.nn.ModuleList([*modules, *outside]),
                 optimizer,
                 names,
                 timers=NoopTimer(),
