@@ -18,6 +18,10 @@ PLANS = {
     "one": (1, "tp1", [["tp1"] * 4], {}),
     "apart": (4, "tp1", [["tp1", "tp2", "tp4+megatron", "tp4+ulysses zero1"]], {}),
     "alike": (4, "tp2 zero1", [["tp2 zero1", "tp2 zero1"]] * 2, {"pp": 2, "pattern": "*-|*-"}),
+    "gradients": (4, "tp1 zero2", [["tp1 zero2", "tp2+megatron zero3", "tp4 zero2", "tp2 zero1"]], {}),
+    "parameters": (4, "tp2 zero3", [["tp1 zero3", "tp2 zero3"], ["tp2+megatron zero2", "tp1"]], {"pp": 2}),
+    "shared-out": (4, "tp1", [["tp2", "tp1 ep2", "tp2+megatron ep2 zero1", "tp1 cp2"]], {}),
+    "in-parts": (4, "tp2+megatron zero1", [["tp4", "tp4+megatron", "tp1 ep4 zero1", "tp2 zero1"]], {}),
     "plain": (4, "tp2", [["tp2"] * 4], {}),
     "stock": (4, "tp2", [["tp2"] * 4], {"detached": True}),
 }
@@ -30,8 +34,12 @@ PAIRS = (
     ("uneven", "split"),
     ("uniform", "mixed"),
     ("interleaved", "split"),
+    ("gradients", "parameters"),
+    ("parameters", "gradients"),
+    ("mixed", "parameters"),
+    ("gradients", "uniform"),
 )
-OTHER_WORLDS = (("mixed", "two"), ("mixed", "one"))
+OTHER_WORLDS = (("mixed", "two"), ("mixed", "one"), ("parameters", "one"))
 
 
 def of(name, model, arguments):
@@ -71,12 +79,27 @@ def test_goes_on_under_another_plan(ranks, saved, before, after):
     goes_on(ranks, saved, before, after)
 
 
-@pytest.mark.parametrize(("before", "after"), [("apart", "alike"), ("alike", "apart")])
-def test_hybrid_models_go_on(ranks, saved, before, after):
-    arguments = {"load": str(saved(before, "hybrid")), "override-opt-param-scheduler": True}
-    world_size, made = of(after, "hybrid", arguments)
+def test_main_weights_of_bf16_survive_sharding(ranks, saved):
+    arguments = {"load": str(saved("gradients", "bf16")), "override-opt-param-scheduler": True}
+    world_size, made = of("parameters", "bf16", arguments)
     seen = ranks(world_size).run(train, made)[0]
-    assert_same_training(seen, references(ranks)["hybrid"], slice(HALFWAY, None))
+    assert_same_training(seen, references(ranks)["bf16"], slice(HALFWAY, None), 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "model"),
+    [
+        ("apart", "alike", "hybrid"),
+        ("alike", "apart", "hybrid"),
+        ("shared-out", "in-parts", "experts"),
+        ("in-parts", "shared-out", "experts"),
+    ],
+)
+def test_other_models_go_on(ranks, saved, before, after, model):
+    arguments = {"load": str(saved(before, model)), "override-opt-param-scheduler": True}
+    world_size, made = of(after, model, arguments)
+    seen = ranks(world_size).run(train, made)[0]
+    assert_same_training(seen, references(ranks)[model], slice(HALFWAY, None))
 
 
 def test_a_checkpoint_of_stock_megatron_enters_through_a_uniform_plan(ranks, saved, tmp_path):
