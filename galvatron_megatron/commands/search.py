@@ -102,6 +102,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job = parser.add_argument_group("how the job runs beside the plan")
     job.add_argument("--overlap-grad-reduce", action="store_true", help="as Megatron's flag of this name")
     job.add_argument("--overlap-param-gather", action="store_true", help="as Megatron's flag of this name")
+    job.add_argument(
+        "--zero-backend",
+        choices=["megatron", "deepspeed"],
+        default="megatron",
+        help="who runs ZeRO 1, as --galvatron-zero-backend of a job (default: megatron)",
+    )
     output = parser.add_argument_group("answer")
     output.add_argument(
         "--uniform-margin",
@@ -142,7 +148,9 @@ def run(arguments: argparse.Namespace) -> int:
         print_space(console, Space(request=request))
         return 0
     options = RunOptions(
-        overlap_gradients=arguments.overlap_grad_reduce, overlap_parameters=arguments.overlap_param_gather
+        overlap_gradients=arguments.overlap_grad_reduce,
+        overlap_parameters=arguments.overlap_param_gather,
+        deepspeed_zero_1=arguments.zero_backend == "deepspeed",
     )
     cost_model: CostModel = AnalyticCostModel(model, cluster, options)
     if arguments.galvatron_profile is not None:
@@ -263,8 +271,11 @@ def _offloads(arguments: argparse.Namespace) -> tuple[Offload, ...]:
         raise SearchError(
             "--offload: Hetu-Galvatron's profiles hold no price of it; valid: one of the two flags"
         )
-    if arguments.offload == Offload.PARAMETERS and arguments.max_zero < 3 and arguments.zero is None:
-        raise SearchError(f"--offload parameters: needs ZeRO 3, --max-zero is {arguments.max_zero}; valid: 3")
+    highest = _max_zero(arguments) if arguments.zero is None else arguments.zero
+    if arguments.offload == Offload.PARAMETERS and highest < 3:
+        raise SearchError(
+            f"--offload parameters: needs ZeRO 3, up to {highest} may be used; valid: --max-zero 3"
+        )
     return tuple(Offload) if arguments.offload == Offload.PARAMETERS else (Offload.NONE, Offload.OPTIMIZER)
 
 

@@ -34,6 +34,13 @@ from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.overlap import exposed_seconds
 from galvatron_megatron.cost.protocol import LayerCost, Setting
 from galvatron_megatron.cost.resharding import reshard_transfer
+from galvatron_megatron.cost.sharding import (
+    REDUCTION,
+    UPDATE,
+    bucket_elements,
+    gathered_modules,
+    sharding_collectives,
+)
 from galvatron_megatron.cost.terms import PricedLayer, Term
 from galvatron_megatron.describe.cluster import GB, MICROSECOND, Cluster
 from galvatron_megatron.describe.model import Layer, Model
@@ -305,11 +312,7 @@ class AnalyticCostModel:
         shares = parameter_shares(parameters, counts.parameters_expert, strategy, instances)
         element = self._element
         traffic = host_traffic(shares, strategy, element)
-        gather = sum(
-            collective_seconds("all_gather", s.parameters * element.weight, s.sharding, s.stride, cluster)
-            for s in shares
-        )
-        reduce = sum(self._reduce_seconds(share, sharded=strategy.zero > 0) for share in shares)
+        sent = self._sent_seconds(counts, shares, strategy)
 
         factor = self._factors.get(counts.work, 1.0) if self._factors else 1.0
         phases, terms = {}, []
@@ -323,7 +326,7 @@ class AnalyticCostModel:
             waiting = max(0.0, issued - busy - communication)
             correction = (factor - 1) * (busy + communication + waiting)
             total = busy + communication + waiting + correction
-            sharded = self._sharded_seconds(name, strategy, micro_batches, total, gather, reduce)
+            sharded = self._sharded_seconds(name, total, sent)
             terms += [
                 Term(name=f"{name} GEMM", value=work.gemm, source=counts.source),
                 Term(name=f"{name} attention", value=work.attention, source=counts.source),
@@ -342,7 +345,7 @@ class AnalyticCostModel:
         for name, moved in self._offload_seconds(traffic, micro_batches).items():
             terms.append(Term(name=f"{name} offloading", value=moved))
             phases[name] += moved
-        sync = self._sync_terms(counts, shares, strategy, micro_batches, gather, reduce, phases)
+        sync = self._sync_terms(counts, shares, strategy, sent, phases)
         if copied_weight:
             size = copied_weight * element.gradient
             sync.append(
@@ -367,7 +370,11 @@ class AnalyticCostModel:
         if strategy.zero == 3:
             transient += 2 * parameters * element.weight
         if strategy.zero >= 2:
-            transient += parameters * element.gradient
+            # The bucket, in the width of the weights, and its copy in the width that is reduced in.
+            bucket = sum(bucket_elements(s.parameters, len(self.model.layers), s.sharding) for s in shares)
+            transient += bucket * (
+                element.weight + (element.gradient if element.gradient != element.weight else 0)
+            )
         cost = LayerCost(
             micro_batch_seconds=phases["forward"] + phases["backward"],
             sync_seconds=sum(term.value for term in sync),
@@ -406,31 +413,46 @@ class AnalyticCostModel:
         self._phases[key] = (counts, found)  # counts are kept, so that no other object gets their id
         return found
 
-    def _reduce_seconds(self, share: Share, *, sharded: bool) -> float:
-        """Reduction of gradients: scattered where states are sharded, then summed over instances of shards."""
-        size = share.parameters * self._element.gradient
-        if not sharded:
-            return collective_seconds("all_reduce", size, share.replicas, share.stride, self.cluster)
-        seconds = collective_seconds("reduce_scatter", size, share.sharding, share.stride, self.cluster)
-        between = share.replicas // share.sharding
-        stride = share.stride * share.sharding
-        return seconds + collective_seconds("all_reduce", size / share.sharding, between, stride, self.cluster)
+    def _sent_seconds(
+        self, counts: LayerCounts, shares: Collection[Share], strategy: Strategy
+    ) -> dict[tuple[str, str], float]:
+        """Seconds of the collectives that shard a layer's states, by when they are and what they are.
 
-    def _sharded_seconds(
-        self, phase: str, strategy: Strategy, micro_batches: int, total: float, gather: float, reduce: float
-    ) -> float:
-        """What ZeRO stages 2 and 3 add to a phase of every micro-batch.
-
-        Stage 3 gathers weights in both phases and reduces gradients in the backward pass; stage 2 reduces after
-        every micro-batch, because a rank keeps its own shard alone. Overlapped where the job overlaps them.
+        With several instances of Megatron's distributed optimizer, each scatters gradients among its own ranks,
+        then shards are summed over the instances.
         """
+        sent: dict[tuple[str, str], float] = {}
+        for share in shares:
+            for entry in sharding_collectives(
+                share.parameters,
+                strategy.zero,
+                self._element,
+                modules=gathered_modules(counts, self.options),
+                recompute=strategy.recompute,
+                deepspeed=self.options.deepspeed_zero_1,
+            ):
+                each = entry.bytes / entry.count
+                seconds = entry.count * collective_seconds(
+                    entry.kind, each, share.sharding, share.stride, self.cluster
+                )
+                if entry.kind == "reduce_scatter":
+                    between = share.replicas // share.sharding
+                    stride = share.stride * share.sharding
+                    seconds += collective_seconds(
+                        "all_reduce", each / share.sharding, between, stride, self.cluster
+                    )
+                role = "gather" if entry.kind == "all_gather" else "reduce"
+                sent[entry.when, role] = sent.get((entry.when, role), 0.0) + seconds
+        return sent
+
+    def _sharded_seconds(self, phase: str, total: float, sent: dict[tuple[str, str], float]) -> float:
+        """What ZeRO 2 and 3 add to a phase of every micro-batch; overlapped where the job overlaps them."""
         slowdown = self.cluster.constants.overlap_slowdown
-        exposed = 0.0
-        if strategy.zero == 3:
-            exposed += exposed_seconds(gather, total, slowdown) if self.options.overlap_parameters else gather
-        if strategy.zero >= 2 and phase == "backward" and (micro_batches > 1 or strategy.zero == 3):
-            exposed += exposed_seconds(reduce, total, slowdown) if self.options.overlap_gradients else reduce
-        return exposed
+        gather, reduce = sent.get((phase, "gather"), 0.0), sent.get((phase, "reduce"), 0.0)
+        exposed = exposed_seconds(gather, total, slowdown) if self.options.overlap_parameters else gather
+        return exposed + (
+            exposed_seconds(reduce, total, slowdown) if self.options.overlap_gradients else reduce
+        )
 
     def _offload_seconds(self, traffic: HostTraffic, micro_batches: int) -> dict[str, float]:
         """What the link to the host adds to the phases of every micro-batch: DeepSpeed waits for its copies."""
@@ -487,22 +509,22 @@ class AnalyticCostModel:
         counts: LayerCounts,
         shares: Collection[Share],
         strategy: Strategy,
-        micro_batches: int,
-        gather: float,
-        reduce: float,
+        sent: dict[tuple[str, str], float],
         phases: dict[str, float],
     ) -> list[Term]:
         """What is paid once per step: gradients, parameters, replicated gradients over tp, optimizer."""
         cluster, constants, options = self.cluster, self.cluster.constants, self.options
         terms = []
-        if strategy.zero < 2 or (strategy.zero == 2 and micro_batches == 1):
+        if (REDUCTION, "reduce") in sent:
+            reduce = sent[REDUCTION, "reduce"]
             exposed = (
                 exposed_seconds(reduce, phases["backward"], constants.overlap_slowdown)
                 if options.overlap_gradients
                 else reduce
             )
             terms.append(Term(name="gradient reduction", value=exposed))
-        if strategy.zero in (1, 2):
+        if (UPDATE, "gather") in sent:
+            gather = sent[UPDATE, "gather"]
             exposed = (
                 exposed_seconds(gather, phases["forward"], constants.overlap_slowdown)
                 if options.overlap_parameters

@@ -23,5 +23,7 @@ class RunOptions:
     the node's own links (arXiv 2104.04473, section 4.1); Megatron did so before megatron-core."""
     optimizer_instances: int = 1
     """``--num-distributed-optimizer-instances``: ZeRO 1 shards over the replicas of each instance alone."""
+    deepspeed_zero_1: bool = False
+    """``--galvatron-zero-backend deepspeed``: ZeRO 1 is DeepSpeed's, not Megatron's distributed optimizer."""
     optimizer_in_step: bool = True
     """False leaves out the optimizer step, where a measured time does so too."""

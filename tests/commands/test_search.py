@@ -138,7 +138,19 @@ def test_a_range_without_a_step_goes_in_steps_of_its_first():
 
 def test_a_model_too_large_for_the_devices_fits_with_host_memory(capsys, tmp_path):
     words = ["search", "--model", "llama2-7b", "--cluster", "h100", "--global-batch-size", "16", "--json"]
-    words += ["--memory-gb", "12", "--seq-length", "2048", "--uniform", "--pp", "1", "--tp", "1"]
+    words += [
+        "--memory-gb",
+        "12",
+        "--seq-length",
+        "2048",
+        "--uniform",
+        "--pp",
+        "1",
+        "--tp",
+        "1",
+        "--max-zero",
+        "3",
+    ]
     assert main(words) == 2
     assert "nothing fits" in capsys.readouterr().err
     assert main([*words, "--offload", "parameters", "--output", str(tmp_path / "plan.yaml")]) == 0

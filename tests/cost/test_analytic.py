@@ -208,3 +208,26 @@ def test_instances_of_the_optimizer_keep_more_states() -> None:
     assert {term.name: term.value for term in two.state_terms} == size | {
         "optimizer states": 2 * size["optimizer states"]
     }
+
+
+def test_zero_pays_for_the_collectives_that_its_engines_send() -> None:
+    def parts(zero: int, micro_batches: int, recompute: Recompute = Recompute.NONE, **options: bool):
+        strategy = Strategy(dp=8, zero=zero, recompute=recompute)
+        price = costs(options=RunOptions(**options))
+        priced = price.priced_layer(0, strategy, setting(strategy, micro_batches=micro_batches))
+        terms = {term.name: term.value for term in (*priced.micro_batch_terms, *priced.sync_terms)}
+        return [
+            terms.get(name, 0.0)
+            for name in ("forward sharded parameters", "backward sharded parameters", "gradient reduction")
+        ]
+
+    plain = parts(0, 4)
+    # Stage 2 sums whole gradients after every micro-batch, also after a single one.
+    assert parts(2, 4) == parts(2, 1) == pytest.approx([0.0, plain[2], 0.0])
+    # Megatron's stage 1 scatters: half of the volume. DeepSpeed's sums.
+    assert parts(1, 4)[2] < 0.7 * plain[2]
+    assert parts(1, 4, deepspeed_zero_1=True)[2] == pytest.approx(plain[2])
+    forward, backward, _ = parts(3, 4)
+    assert forward > 0
+    # Computed again, a layer is gathered for that as well.
+    assert parts(3, 4, Recompute.FULL)[:2] == pytest.approx([forward, backward + forward])

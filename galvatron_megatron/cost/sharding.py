@@ -1,0 +1,108 @@
+"""The collectives with which the states of a layer are kept equal, or sharded, over the ranks that hold it."""
+
+from dataclasses import dataclass
+
+from galvatron_megatron.cost.counts_values import LayerCounts
+from galvatron_megatron.cost.memory import ElementBytes
+from galvatron_megatron.cost.options import RunOptions
+from galvatron_megatron.plan.strategy import Recompute
+
+FORWARD, BACKWARD, REDUCTION, UPDATE = "forward", "backward", "reduction", "update"
+"""When: in every forward or backward pass of a micro-batch, once per step before or behind the optimizer."""
+
+LEAST_BUCKET = 40_000_000
+"""Elements that Megatron, and the runtime's engines, reduce at once (a million a rank where that is more)."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class ShardingCollective:
+    """One kind of collective over the ranks that replicate a layer's parameters."""
+
+    kind: str
+    """``all_reduce``, ``reduce_scatter`` or ``all_gather``."""
+    when: str
+    count: int
+    """How often, each time."""
+    bytes: int
+    """Of all of them together, each counted in full (gathered output, input of a reduction)."""
+
+
+def sharding_collectives(
+    parameters: int,
+    zero: int,
+    element: ElementBytes,
+    *,
+    modules: int = 1,
+    recompute: Recompute = Recompute.NONE,
+    deepspeed: bool = False,
+) -> tuple[ShardingCollective, ...]:
+    """What a ZeRO stage sends for some parameters.
+
+    Source: the collectives of the runtime's engines over DeepSpeed's classes, which a test counts; Megatron's
+    distributed optimizer for stage 1. DeepSpeed's stages 1 and 2 all-reduce whole buckets of gradients and keep
+    their part; stage 2 does so after every micro-batch, since a rank keeps its own part alone. Stage 3 gathers
+    a module's weights for its forward and for its backward pass, and before that once more where the layer is
+    computed again.
+
+    Args:
+        parameters: of this rank.
+        zero: stage.
+        element: bytes of one parameter by purpose.
+        modules: how many modules hold the parameters.
+        recompute: of the layer.
+        deepspeed: stage 1 is DeepSpeed's, not Megatron's.
+
+    Returns:
+        Collectives with something to send.
+    """
+    gradients, weights = parameters * element.gradient, parameters * element.weight
+    if zero == 3:
+        again = 2 if recompute is Recompute.FULL else 1
+        found = (
+            ShardingCollective(kind="all_gather", when=FORWARD, count=modules, bytes=weights),
+            ShardingCollective(kind="all_gather", when=BACKWARD, count=again * modules, bytes=again * weights),
+            ShardingCollective(kind="reduce_scatter", when=BACKWARD, count=1, bytes=gradients),
+        )
+    elif zero == 0:
+        found = (ShardingCollective(kind="all_reduce", when=REDUCTION, count=1, bytes=gradients),)
+    else:
+        whole = zero == 2 or deepspeed
+        found = (
+            ShardingCollective(
+                kind="all_reduce" if whole else "reduce_scatter",
+                when=BACKWARD if zero == 2 else REDUCTION,
+                count=1,
+                bytes=gradients,
+            ),
+            ShardingCollective(kind="all_gather", when=UPDATE, count=1, bytes=weights),
+        )
+    return tuple(entry for entry in found if entry.bytes)
+
+
+def gathered_modules(counts: LayerCounts, options: RunOptions) -> int:
+    """How many modules of a layer hold parameters, each gathered by itself under stage 3.
+
+    Transformer Engine's linears hold the norm in front of them.
+    """
+    names = {operator.name for operator in counts.operators if operator.phase == "forward"}
+    linears = sum(operator_kind(name) == "linear" for name in names)
+    norms = sum(operator_kind(name) == "norm" for name in names)
+    return max(1, linears if options.implementation == "transformer_engine" and linears else linears + norms)
+
+
+def operator_kind(name: str) -> str:
+    """``linear`` or ``norm`` for an operator with weights, by its name; else an empty string."""
+    if name.endswith("norm"):
+        return "norm"
+    return "linear" if any(word in name for word in ("projection", "linear", "output layer", "router")) else ""
+
+
+def bucket_elements(parameters: int, layers: int, replicas: int) -> int:
+    """Elements of the buffer in which DeepSpeed's classes reduce the gradients of a class of layers.
+
+    Args:
+        parameters: of one layer on one rank.
+        layers: that may be of the class.
+        replicas: ranks that shard it.
+    """
+    return min(parameters * layers, max(LEAST_BUCKET, 1_000_000 * replicas, parameters))
