@@ -51,7 +51,8 @@ class PartTable:
         """Finds or interpolates one setting.
 
         Between two measured micro-batch sizes every number lies on the line through them; above the largest
-        it goes on along the last line (through the origin where there is one point only).
+        it goes on along the last line (through the origin where there is one point only). Recomputation is
+        measured at fewer sizes: between them, what it adds to the measured time without it lies on the line.
 
         Returns:
             The cost, or the reason why there is none: Megatron's refusal, ``out of memory`` (also for all
@@ -77,9 +78,23 @@ class PartTable:
             return max(low + share * (getattr(after, name) - low), 0.0)
 
         inside = sizes[0] <= micro_batch_size <= sizes[-1]
+        plain = {
+            point.micro_batch_size: point
+            for point in self._points[part, tp, kind.value, Recompute.NONE.value]
+            if before is not None and recompute is not Recompute.NONE
+        }
+
+        def time_at(name: str) -> float:
+            here = plain.get(micro_batch_size)
+            low, high = (plain.get(point.micro_batch_size) if point else None for point in (before, after))
+            if not inside or here is None or low is None or high is None:
+                return at(name)
+            straight = getattr(low, name) + share * (getattr(high, name) - getattr(low, name))
+            return max(at(name) + getattr(here, name) - straight, 0.0)
+
         return PartCost(
-            forward_seconds=at("forward_seconds"),
-            backward_seconds=at("backward_seconds"),
+            forward_seconds=time_at("forward_seconds"),
+            backward_seconds=time_at("backward_seconds"),
             activation_bytes=round(at("activation_bytes")),
             transient_bytes=round(at("transient_bytes")),
             parameters=last.parameters,

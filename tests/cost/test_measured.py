@@ -183,6 +183,28 @@ def test_sizes_between_are_interpolated_and_larger_ones_are_tagged(size, source)
     assert found.source == source
 
 
+def test_recomputation_between_its_sizes_follows_the_measured_time_without_it():
+    # Per layer 1 ms more than the line at two samples, seen without recomputation only.
+    parts = tuple(
+        replace(point, backward_seconds=point.backward_seconds + 1e-3)
+        if (point.part, point.tp, point.recompute, point.micro_batch_size) == (DIGEST, 1, Recompute.NONE, 2)
+        else point
+        for point in PROFILE.parts
+        if point.recompute is Recompute.NONE or point.micro_batch_size != 2
+    )
+    sizes = {p.micro_batch_size for p in parts if p.recompute is Recompute.FULL}
+    assert 2 not in sizes and min(sizes) < 2 < max(sizes)
+    table = PartTable(replace(PROFILE, parts=parts))
+    found = table.lookup(DIGEST, 1, SequenceParallel.NONE, Recompute.FULL, 2)
+    assert found.forward_seconds == pytest.approx(2e-3)
+    assert found.backward_seconds == pytest.approx(6e-3 + 1e-3)
+    assert found.activation_bytes == 200_000
+    # Where the time without recomputation is not known, the line is what there is.
+    assert table.lookup(DIGEST, 1, SequenceParallel.NONE, Recompute.FULL, 3).backward_seconds == pytest.approx(
+        9e-3
+    )
+
+
 def test_a_missing_curve_is_an_error_and_a_near_one_is_used():
     table = CurveTable(PROFILE)
     assert table.curve("all_reduce", 2, 3).stride in (1, 2)

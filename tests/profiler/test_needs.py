@@ -34,6 +34,17 @@ def test_the_groups_of_a_shape_hold_every_rank_once(world_size):
             assert all(b - a == shape.stride for group in groups for a, b in itertools.pairwise(group))
 
 
+def test_measurements_grow_with_the_logarithm_of_the_ranks():
+    def curves(world_size: int) -> int:
+        return sum(len(shapes) for shapes in shapes_of_plans(world_size, (1, 2, 4, 8)).values())
+
+    counts = {world_size: curves(world_size) for world_size in (8, 16, 32, 64, 128, 256, 512, 1024)}
+    steps = [after - before for before, after in itertools.pairwise(counts.values())]
+    # One more doubling adds a shape per tensor-parallel degree and collective, however many ranks there are.
+    assert max(steps) <= 14, counts
+    assert counts[1024] < 150, counts
+
+
 def test_degrees_that_do_not_divide_the_model_are_left_out():
     model = small_model()
     assert tensor_degrees(model, 8) == [1, 2, 4]
