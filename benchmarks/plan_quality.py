@@ -2,20 +2,26 @@
 
 Profiles the ranks of this machine, predicts the step time of every uniform plan, trains each for some
 iterations (in shuffled order, round by round, so that a disturbance does not fall on one plan alone), and
-prints both, the mean absolute error, and how far the chosen plan is from the best one measured.
+prints both, the mean absolute error, and how far the chosen plan is from the best one measured. Every rank has
+one core. With ``--link`` the machine plays two nodes joined by a link of that rate. What has been measured is
+kept in ``--directory``; started again, the program goes on from there.
 
-    .venv/bin/python benchmarks/plan_quality.py --ranks 2 --rounds 2
+    .venv/bin/python benchmarks/plan_quality.py --rounds 2
+    .venv/bin/python benchmarks/plan_quality.py --directory KEPT --link 200mbit --link 1gbit --link 10gbit
 """
 
 import argparse
+import fcntl
 import json
 import os
 import random
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +33,8 @@ from galvatron_megatron.cost.measured import MeasuredCostModel
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.describe.megatron_args import model_from_arguments, parse_command_line
 from galvatron_megatron.describe.model import Model
-from galvatron_megatron.describe.profile_store import from_json
+from galvatron_megatron.describe.profile import Profile
+from galvatron_megatron.describe.profile_store import list_profiles
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.serialization import write_plan
 from galvatron_megatron.plan.strategy import Recompute, Strategy
@@ -92,28 +99,118 @@ def environment() -> dict[str, str]:
     }
 
 
-def under_lock(options: argparse.Namespace, command: list[str]) -> list[str]:
-    """The command, holding a lock file where measurements on this machine are to be made one at a time."""
-    return ["flock", str(options.lock), *command] if options.lock else command
-
-
-def measured_seconds(plan: Plan, options: argparse.Namespace, folder: Path) -> float:
-    """Median step time of a training run under the plan."""
-    file, report = folder / "plan.yaml", folder / "report.json"
+def training_words(plan: Plan, options: argparse.Namespace, file: Path, report: Path) -> list[str]:
+    """Command line of a training run under a plan, which it writes."""
     write_plan(plan, file)
-    report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(options.ranks)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "launch/pretrain_small.py"]
-    command += [*model_words(options), "--micro-batch-size", str(plan.micro_batch_size)]
-    command += ["--train-iters", str(options.iterations), "--eval-iters", "0"]
-    command += ["--eval-interval", "1000", "--log-interval", "1000"]
-    command += ["--galvatron-plan", str(file), "--galvatron-device", "cpu", "--galvatron-report", str(report)]
-    done = subprocess.run(
-        under_lock(options, command), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900
-    )
-    if not report.exists():
-        raise SystemExit(f"plan_quality: training failed\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
-    return json.loads(report.read_text())["measured_step_seconds"]
+    words = [*model_words(options), "--micro-batch-size", str(plan.micro_batch_size)]
+    words += ["--train-iters", str(options.iterations), "--eval-iters", "0"]
+    words += ["--eval-interval", "1000", "--log-interval", "1000"]
+    return [
+        *words,
+        "--galvatron-plan",
+        str(file),
+        "--galvatron-device",
+        "cpu",
+        "--galvatron-report",
+        str(report),
+    ]
+
+
+def run_jobs(jobs: list[dict], link: str | None, options: argparse.Namespace) -> None:
+    """Runs jobs one after the other, as many as there is time for while the machine is held.
+
+    Args:
+        jobs: see benchmarks/jobs_on_rank.py.
+        link: rate of the link between two nodes that this machine plays, or None for one node.
+        options: of the command line.
+
+    Raises:
+        SystemExit: a job failed.
+    """
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        folder = Path(temporary)
+        for job in jobs:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                job["port"] = probe.getsockname()[1]
+        request = folder / "jobs.json"
+        request.write_text(json.dumps({"folder": temporary, "seconds": options.hold_seconds, "jobs": jobs}))
+        worker = [sys.executable, str(ROOT / "benchmarks" / "jobs_on_rank.py"), str(request)]
+        if options.lock:
+            # Waits in the kernel's queue, as the flock command does.
+            fcntl.flock(stack.enter_context(options.lock.open("a")), fcntl.LOCK_EX)
+        log = stack.enter_context((folder / "log").open("w+"))
+        places = [environment()]
+        if link is None:
+            everyone = {"WORLD_SIZE": str(options.ranks), "LOCAL_WORLD_SIZE": str(options.ranks)}
+            everyone |= {"MASTER_ADDR": "127.0.0.1"}
+            places = [
+                environment() | everyone | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                for rank in range(options.ranks)
+            ]
+        else:
+            script = ROOT / "launch" / "two_nodes.sh"
+            worker = ["bash", str(script), link, str(options.ranks // 2), *worker]
+        started = [subprocess.Popen(worker, cwd=ROOT, env=env, stdout=log, stderr=log) for env in places]
+        codes = [process.wait() for process in started]
+        if any(codes):
+            log.seek(0)
+            raise SystemExit(f"plan_quality: a job failed\n{log.read()[-4000:]}")
+
+
+def profile_request(store: Path, options: argparse.Namespace) -> dict:
+    """What ``galvatron profile`` is asked for."""
+    return {
+        "megatron": model_words(options),
+        "directory": str(store),
+        "device": "cpu",
+        "global_batch_size": options.batch,
+        "micro_batch_sizes": options.sizes,
+        "tps": None,
+        "again": False,
+    }
+
+
+def measure_link(
+    link: str | None, plans: list[Plan], options: argparse.Namespace
+) -> tuple[Profile, list[list[float]]]:
+    """Profile and step times under one link speed, kept in the directory piece by piece.
+
+    Returns:
+        The profile, and the median step time of every round of every plan.
+    """
+    folder = options.directory / (link or "one-node")
+    store = folder / "store"
+    store.mkdir(parents=True, exist_ok=True)
+    pieces: list[tuple[Path, dict]] = [(folder / "profiled", {"profile": profile_request(store, options)})]
+    for turn in range(options.rounds):
+        order = list(range(len(plans)))
+        random.Random(turn).shuffle(order)
+        for index in order:
+            name = describe(plans[index]).replace(" ", "_").replace(",", "")
+            report = folder / f"{turn}-{name}.json"
+            words = training_words(plans[index], options, folder / f"{name}.yaml", report)
+            pieces.append((report, {"words": words}))
+    while missing := [(path, job) for path, job in pieces if not path.exists()]:
+        print(f"{link or 'one node'}: {len(missing)} of {len(pieces)} measurements to make", flush=True)
+        run_jobs([job for _, job in missing], link, options)
+        if profiles := list_profiles(store):
+            (folder / "profiled").touch()
+        if len(missing) == len([path for path, _ in pieces if not path.exists()]):
+            raise SystemExit(
+                f"plan_quality: nothing was measured; valid: --hold-seconds above {options.hold_seconds}"
+            )
+    profiles = list_profiles(store)
+    measured = [
+        [
+            json.loads(
+                (folder / f"{turn}-{describe(plan).replace(' ', '_').replace(',', '')}.json").read_text()
+            )["measured_step_seconds"]
+            for turn in range(options.rounds)
+        ]
+        for plan in plans
+    ]
+    return profiles[0], measured
 
 
 def main() -> int:
@@ -124,46 +221,30 @@ def main() -> int:
     parser.add_argument("--sequence", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4], help="micro-batch sizes")
-    parser.add_argument("--iterations", type=int, default=14)
+    parser.add_argument("--iterations", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument(
+        "--link",
+        action="append",
+        help="rate of a link between two nodes made of this machine (200mbit; needs root); repeatable",
+    )
     parser.add_argument("--lock", type=Path, help="lock file to hold while something is measured")
-    parser.add_argument("--directory", type=Path, help="profile store to use and keep")
+    parser.add_argument(
+        "--hold-seconds", type=float, default=110, help="start no measurement later than this under one lock"
+    )
+    parser.add_argument("--directory", type=Path, help="where measurements are kept, to go on from there")
     options = parser.parse_args()
-    words = model_words(options)
-    model = model_from_arguments(parse_command_line(words))
+    model = model_from_arguments(parse_command_line(model_words(options)))
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        store = options.directory or folder
-        command = [sys.executable, "-m", "galvatron_megatron", "profile", "--ranks", str(options.ranks)]
-        command += ["--directory", str(store), "--device", "cpu", "--json"]
-        for size in options.sizes:
-            command += ["--micro-batch-size", str(size)]
-        done = subprocess.run(
-            under_lock(options, [*command, "--", *words]),
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        profile = from_json(done.stdout, "galvatron profile")
-        costs = MeasuredCostModel(
-            model, cluster_from_ranks(profile), profile, RunOptions(implementation="local")
-        )
+        options.directory = (options.directory or Path(temporary)).resolve()
         plans = list(uniform_plans(model, options))
-        predicted = [estimate_plan(plan, costs).step_seconds for plan in plans]
-        measured: list[list[float]] = [[] for _ in plans]
-        for turn in range(options.rounds):
-            order = list(range(len(plans)))
-            random.Random(turn).shuffle(order)
-            for index in order:
-                measured[index].append(measured_seconds(plans[index], options, folder))
-                print(
-                    f"round {turn + 1}: {describe(plans[index])}: {measured[index][-1] * 1e3:.1f} ms, "
-                    f"predicted {predicted[index] * 1e3:.1f} ms",
-                    flush=True,
-                )
-    show(plans, predicted, [statistics.median(times) for times in measured])
+        for link in options.link or [None]:
+            profile, measured = measure_link(link, plans, options)
+            costs = MeasuredCostModel(
+                model, cluster_from_ranks(profile), profile, RunOptions(implementation="local")
+            )
+            predicted = [estimate_plan(plan, costs).step_seconds for plan in plans]
+            show(link, plans, predicted, [statistics.median(times) for times in measured])
     return 0
 
 
@@ -172,9 +253,9 @@ def describe(plan: Plan) -> str:
     return f"pp{plan.pp} {plan.layers[0].strategy}, {plan.micro_batches} x {plan.micro_batch_size}"
 
 
-def show(plans: list[Plan], predicted: list[float], measured: list[float]) -> None:
+def show(link: str | None, plans: list[Plan], predicted: list[float], measured: list[float]) -> None:
     """Prints the table, the error and the choice."""
-    table = Table(header_style="bold")
+    table = Table(header_style="bold", title=link and f"two nodes, {link}")
     for name in ("plan", "predicted ms", "measured ms", "predicted / measured"):
         table.add_column(name, justify="left" if name == "plan" else "right")
     for _, index in sorted(zip(measured, range(len(plans)), strict=True)):
