@@ -1,5 +1,6 @@
 """Moves an activation from one layer's layout to the next one's with the minimum of bytes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -71,6 +72,10 @@ class Resharder:
         batch = tile.size(1) * source.dp
         shape = (sequence // target.sequence_parts, batch // target.dp, *tile.shape[2:])
         wanted = pieces_to(source, target, self.rank, sequence, batch)
+        finish = None
+        if block_communicates(source, target, self.rank, sequence, batch):
+            finish = self._start_exchange(tile, source, target, sequence, batch)
+        # What this rank holds itself is copied while the rest is under way.
         if len(wanted) == 1 and wanted[0].sender == self.rank:
             piece = wanted[0]
             moved = tile[slice(*piece.rows_from), slice(*piece.columns_from)].clone(
@@ -83,20 +88,18 @@ class Resharder:
                     moved[slice(*piece.rows_to), slice(*piece.columns_to)] = tile[
                         slice(*piece.rows_from), slice(*piece.columns_from)
                     ]
-        if block_communicates(source, target, self.rank, sequence, batch):
-            self._exchange(tile, moved, source, target, sequence, batch)
+        if finish is not None:
+            finish(moved)
         return moved
 
-    def _exchange(
-        self,
-        tile: torch.Tensor,
-        moved: torch.Tensor,
-        source: Layout,
-        target: Layout,
-        sequence: int,
-        batch: int,
-    ) -> None:
-        """Fills what other ranks hold into ``moved`` by one all-to-all."""
+    def _start_exchange(
+        self, tile: torch.Tensor, source: Layout, target: Layout, sequence: int, batch: int
+    ) -> Callable[[torch.Tensor], None]:
+        """Starts one all-to-all for what other ranks hold, on the communicator's own stream where it has one.
+
+        Returns:
+            Waits for it and fills what came into the tile that it is given.
+        """
         width = tile.shape[2:].numel()
         ranks = block_ranks(source, target, self.rank)
         position = {rank: index for index, rank in enumerate(ranks)}
@@ -113,15 +116,20 @@ class Resharder:
         sent = [tile[slice(*p.rows_from), slice(*p.columns_from)].reshape(-1) for p in outgoing]
         send = torch.cat(sent) if sent else tile.new_empty(0)
         received = tile.new_empty(sum(receive_sizes))
-        _all_to_all(received, send, receive_sizes, send_sizes, self.group)
-        offset = 0
-        for piece in incoming:
-            size = piece.cells * width
-            target_view = moved[slice(*piece.rows_to), slice(*piece.columns_to)]
-            target_view.copy_(received[offset : offset + size].view(target_view.shape))
-            offset += size
+        work = _all_to_all(received, send, receive_sizes, send_sizes, self.group)
         self.counter.received_bytes += received.numel() * received.element_size()
         self.counter.exchanges += 1
+
+        def finish(moved: torch.Tensor) -> None:
+            work.wait()
+            offset = 0
+            for piece in incoming:
+                size = piece.cells * width
+                target_view = moved[slice(*piece.rows_to), slice(*piece.columns_to)]
+                target_view.copy_(received[offset : offset + size].view(target_view.shape))
+                offset += size
+
+        return finish
 
 
 def _all_to_all(
@@ -130,14 +138,14 @@ def _all_to_all(
     receive_sizes: list[int],
     send_sizes: list[int],
     group: dist.ProcessGroup | None,
-) -> None:
-    """all_to_all_single with uneven splits; Gloo moves types it does not know as bytes."""
+) -> dist.Work:
+    """Starts all_to_all_single with uneven splits; Gloo moves types it does not know as bytes."""
     if send.dtype not in _GLOO_TYPES and dist.get_backend(group) == "gloo":
         factor = send.element_size()
         received, send = received.view(torch.uint8), send.view(torch.uint8)
         receive_sizes = [size * factor for size in receive_sizes]
         send_sizes = [size * factor for size in send_sizes]
-    dist.all_to_all_single(received, send, receive_sizes, send_sizes, group=group)
+    return dist.all_to_all_single(received, send, receive_sizes, send_sizes, group=group, async_op=True)
 
 
 class _Reshard(torch.autograd.Function):

@@ -64,10 +64,10 @@ def cells(layout, rank):
     return {(s, b) for s in rows for b in range(first, last)}
 
 
-@pytest.mark.parametrize("bits", [32, 16])
-def test_every_pair_on_four_ranks(ranks, bits):
-    results = ranks(4).run(move_all_pairs, bits)
-    layouts = every_layout(4)
+@pytest.mark.parametrize(("world_size", "bits"), [(4, 32), (4, 16), (8, 32)])
+def test_every_pair(ranks, world_size, bits):
+    results = ranks(world_size).run(move_all_pairs, bits)
+    layouts = every_layout(world_size)
     for rank, (wrong, received) in enumerate(results):
         assert not wrong
         for (source, target), seen in zip(product(layouts, layouts), received, strict=True):
