@@ -7,7 +7,8 @@ Three arms train the same small model on the ranks of this machine, step by step
 * forced: planned layers, data parallelism and optimizer of the runtime although nothing needs them, which is
   what a mixed plan costs beyond the work it asks for.
 
-Prints the medians, their ratios to stock, and whether the losses are equal to the bit.
+Prints the medians, their ratios to stock, the median of the ratios within each turn (what else the machine does
+in a turn slows all arms of it), and whether the losses are equal to the bit.
 
     python benchmarks/runtime_uniform.py [--ranks 2] [--steps 60] [--tp 2]
 """
@@ -230,7 +231,12 @@ def main() -> None:
     for name, value in medians.items():
         equal = "equal" if result["losses"][name] == result["losses"]["stock"] else "NOT equal"
         ratio = value / medians["stock"]
-        print(f"  {name:7s} median {value * 1e3:8.2f} ms  ratio {ratio:.4f}  losses {equal} to the bit")
+        turns = zip(result["seconds"][name], result["seconds"]["stock"], strict=True)
+        paired = statistics.median(own / stock for own, stock in turns)
+        print(
+            f"  {name:7s} median {value * 1e3:8.2f} ms  ratio {ratio:.4f}  within turns {paired:.4f}  "
+            f"losses {equal} to the bit"
+        )
 
 
 if __name__ == "__main__":
