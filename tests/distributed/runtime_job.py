@@ -31,6 +31,7 @@ from megatron.training.argument_utils import (
 )
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
+from runtime_memory import measure_at_norm
 from runtime_mutations import MUTATIONS
 
 from galvatron_megatron.integration import cpu_device
@@ -314,6 +315,8 @@ def run_case(case: dict) -> dict:
         if args.iteration == 0 and not case.get("keep_weights"):
             set_weights(model, optimizer)
         models.extend(model)
+        if case.get("measure"):
+            seen["live"] = measure_at_norm(model, optimizer)
         return model, optimizer, scheduler
 
     def step(*arguments_, **options):

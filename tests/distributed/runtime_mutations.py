@@ -5,7 +5,7 @@ Every function makes one mistake and returns what undoes it.
 
 import torch
 
-from galvatron_megatron.runtime import data_parallel
+from galvatron_megatron.runtime import data_parallel, layers
 from galvatron_megatron.runtime.data_parallel import PlannedDataParallel
 from galvatron_megatron.runtime.optimizer import PlannedOptimizer
 from galvatron_megatron.runtime.resharding import Resharder
@@ -76,9 +76,15 @@ def zero_scale():
 
 
 def zero_wrong_group():
-    """ZeRO's partial gradients summed over the ranks that hold the same shard."""
-    add = ZeroPart.sum_over
-    return _replace(ZeroPart, "sum_over", lambda self, group, found: add(self, self.dp_cp_group, found))
+    """ZeRO shards over a tp group where that is as large as the group that holds the same weights."""
+    init = ZeroPart.__init__
+
+    def mistaken(self, *arguments):
+        init(self, *arguments)
+        if self.tp_group.size() == self.dp_cp_group.size():
+            self.dp_cp_group = self.tp_group
+
+    return _replace(ZeroPart, "__init__", mistaken)
 
 
 def zero_skipped_sum():
@@ -97,6 +103,11 @@ def zero_last_micro_batch():
     return _replace(ZeroPart, "begin_backward", mistaken)
 
 
+def unscaled_balance():
+    """Losses of routers summed over a layer's own data-parallel ranks, averaged over the base's."""
+    return _replace(layers, "experts_config", lambda config, context: config)
+
+
 MUTATIONS = {
     function.__name__: function
     for function in (
@@ -105,6 +116,7 @@ MUTATIONS = {
         stale_resharding,
         dropped_gradient,
         replicas_counted,
+        unscaled_balance,
         zero_scale,
         zero_wrong_group,
         zero_skipped_sum,
