@@ -14,11 +14,18 @@ from galvatron_megatron.search.decision_tree import Space, setting_of
 from galvatron_megatron.search.engine import search
 from galvatron_megatron.search.request import SearchRequest
 
+_SLOW = (8, 30)
+"""Seeds that the solver, not the search, takes half of the whole test's time for."""
+SIZES = {seed: ((1, 1, 2, 3)[seed % 4], None) for seed in range(34) if seed not in _SLOW}
+"""Pipeline degree and number of layers by seed; None: drawn."""
+SIZES |= dict(enumerate(((2, 24), (2, 28), (2, 32), (3, 18), (3, 24), (4, 16), (4, 20), (4, 24)), 100))
+
 
 def instance(seed: int):
     generator = random.Random(seed)
-    pp = (1, 1, 2, 3)[seed % 4]
-    layers = generator.randint(12, {1: 32, 2: 14, 3: 12}[pp])
+    pp, layers = SIZES[seed]
+    if layers is None:
+        layers = generator.randint(12, {1: 32, 2: 14, 3: 12}[pp])
     kinds = [generator.randint(0, 1 + seed % 2) for _ in range(3)]
     pattern = (
         [kinds[i * 3 // layers] for i in range(layers)] if seed % 3 else [kinds[i % 2] for i in range(layers)]
@@ -42,7 +49,7 @@ def instance(seed: int):
     return request, costs
 
 
-@pytest.mark.parametrize("seed", range(32))
+@pytest.mark.parametrize("seed", SIZES)
 def test_equals_mixed_integer_program(seed):
     request, costs = instance(seed)
     space = Space(request=request)
@@ -58,5 +65,5 @@ def test_equals_mixed_integer_program(seed):
         return
     result = search(request, costs)
     # The solver holds its constraints to 1e-6 only: its plan may seem a little faster than any is.
-    assert result.step_seconds == pytest.approx(wanted, rel=1e-7)
+    assert result.step_seconds == pytest.approx(wanted, rel=3e-7)
     assert max(result.memory_bytes) <= request.memory_bytes
