@@ -102,6 +102,35 @@ def test_a_mistake_is_noticed(ranks, mistake):
         assert_same_training(seen, references(ranks)["modern"], slice(0, SHORT), weights=False)
 
 
+def test_losses_of_routers_that_are_not_scaled_are_noticed(ranks):
+    layers = ["tp2", "tp2+megatron", "tp4+megatron", "tp1"]
+    made = case(
+        "unbalanced", "experts", "tp1", layers, arguments={"train-iters": SHORT}, mutation="unscaled_balance"
+    )
+    seen = ranks(4).run(train, made)[0]
+    with pytest.raises(AssertionError):
+        assert_same_training(seen, references(ranks)["experts"], slice(0, SHORT), weights=False)
+
+
+DROPOUT = {"hidden-dropout": 0.1, "attention-dropout": 0.1, "train-iters": SHORT}
+
+
+@pytest.mark.parametrize("base", ["tp1", "tp2", "tp4+megatron"])
+def test_dropout_is_megatrons_where_the_layouts_are(ranks, base):
+    """Layers that differ in sharding and recomputation alone draw the same numbers as stock Megatron's."""
+    layers = [f"{base} zero1", base, f"{base} recompute-full", f"{base} recompute-selective"]
+    stock, mixed = (
+        ranks(4).run(train, case("dropped", "classic", base, words, arguments=DROPOUT, **options))[0]
+        for words, options in (([base] * 4, {"detached": True}), (layers, {}))
+    )
+    assert mixed["planned"]
+    assert not stock["planned"]
+    assert relative(mixed["losses"], stock["losses"]) < 1e-5
+    assert relative(mixed["norms"], stock["norms"]) < 1e-5
+    assert weight_difference(mixed["weights"], stock["weights"]) < 1e-5
+    assert relative(stock["losses"], references(ranks)["classic"]["losses"][:SHORT]) > 1e-4
+
+
 def test_a_uniform_plan_changes_no_bit(ranks):
     stock, attached = (
         ranks(4).run(
