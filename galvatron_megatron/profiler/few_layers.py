@@ -33,9 +33,14 @@ REFUSALS = (
 """What Megatron raises for a setting that it cannot run."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """True where an allocation failed, on a GPU or on a CPU rank (which torch says in words only)."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def refusal(error: BaseException) -> str:
     """Why a setting cannot run, in one line."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if out_of_memory(error):
         torch.cuda.empty_cache()
         return "out of memory"
     return (str(error).strip() or type(error).__name__).splitlines()[0]

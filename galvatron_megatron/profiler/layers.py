@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel.schedules import custom_backward
 from galvatron_megatron.describe.profile import EMBEDDING, HEAD, PartPoint
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
 from galvatron_megatron.profiler.clock import Clock
-from galvatron_megatron.profiler.few_layers import FewLayers, refusal
+from galvatron_megatron.profiler.few_layers import FewLayers, out_of_memory, refusal
 from galvatron_megatron.profiler.fit import undisturbed
 from galvatron_megatron.profiler.memory import MemoryMeter
 from galvatron_megatron.profiler.process_group import gather
@@ -144,13 +144,15 @@ class PartMeasurement:
     by_rank: list[float] = field(default_factory=list)
     """Seconds of every rank for the layers, forward and backward, by rank; empty before the first round."""
     _memory: dict[str, tuple[int, int]] | None = None
+    _pass_seconds: float = 0.0
     _samples: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def round(self, budget_seconds: float) -> list[PartPoint]:
         """Measures once more.
 
         Args:
-            budget_seconds: time for the repeats; at least two are made.
+            budget_seconds: time for the repeats. A setting whose one pass takes longer is passed once a round,
+                and warms up in the first round only.
 
         Returns:
             Points of all samples so far, for the embedding, the layer and the head (embedding and head only
@@ -161,7 +163,12 @@ class PartMeasurement:
             try:
                 with recomputing(self.few, self.recompute):
                     self._run(budget_seconds)
-            except (torch.OutOfMemoryError, AssertionError, ValueError, NotImplementedError) as error:
+            except (AssertionError, ValueError, NotImplementedError) as error:
+                self.failure = refusal(error)
+            except RuntimeError as error:
+                # A lost rank is a RuntimeError too, and no refusal.
+                if not out_of_memory(error):
+                    raise
                 self.failure = refusal(error)
             self.few.ddp.zero_grad_buffer()
         answers = gather((self.failure, {} if self.failure else self._numbers()))
@@ -174,13 +181,13 @@ class PartMeasurement:
     def _run(self, budget_seconds: float) -> None:
         clock = Clock()
         batch = make_batch(self.few, self.micro_batch_size, self.seq_length)
-        # The first pass warms up; on the first round's, memory is read.
+        # The first pass warms up; on the first round's, memory is read. A long pass is its own warm-up.
         if self._memory is None:
             with MemoryMeter() as meter:
                 start, _ = meter.read()
                 seen = _run_once(self.few, batch, meter.read)
             self._memory = {name: (now - start, peak - start) for name, (now, peak) in seen.items()}
-        else:
+        elif self._pass_seconds <= budget_seconds:
             _run_once(self.few, batch, clock.mark)
         dist.barrier()
         runs = [_run_once(self.few, batch, clock.mark)]
@@ -189,7 +196,8 @@ class PartMeasurement:
             [clock.seconds(runs[0]["start"], runs[0]["end"])], device="cuda", dtype=torch.float64
         )
         dist.all_reduce(first, op=dist.ReduceOp.MAX)
-        repeats = int(min(20, max(1, budget_seconds / max(first.item(), 1e-6))))
+        self._pass_seconds = max(first.item(), 1e-6)
+        repeats = int(min(20, budget_seconds / self._pass_seconds))
         runs += [_run_once(self.few, batch, clock.mark) for _ in range(repeats)]
         clock.synchronize()
         for part, spans in self._spans().items():
