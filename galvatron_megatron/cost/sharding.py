@@ -38,7 +38,7 @@ def sharding_collectives(
 ) -> tuple[ShardingCollective, ...]:
     """What a ZeRO stage sends for some parameters.
 
-    Source: the collectives of the runtime's engines over DeepSpeed's classes, which a test counts; Megatron's
+    Source: the collectives that the runtime's engines over DeepSpeed's classes were seen to send; Megatron's
     distributed optimizer for stage 1. DeepSpeed's stages 1 and 2 all-reduce whole buckets of gradients and keep
     their part; stage 2 does so after every micro-batch, since a rank keeps its own part alone. Stage 3 gathers
     a module's weights for its forward and for its backward pass, and before that once more where the layer is
