@@ -1,7 +1,11 @@
 """Why the chosen plan is what it is: the binding constraint, and what more memory, nodes or bandwidth
 would bring."""
 
+import multiprocessing
+import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 
 from galvatron_megatron.cost.protocol import CostModel
@@ -79,7 +83,7 @@ def explain(
         ("four times the memory", replace(request, memory_bytes=request.memory_bytes * 4), cost_model),
         *alternatives,
     ]
-    answers = tuple(_what_if(result, *case) for case in cases)
+    answers = tuple(_WhatIfs(result, cases).answers())
     ample = 1 - 1 / (1 + answers[1].gain)
     gain = None
     if result.best_uniform is not None and result.best_layerwise is not None:
@@ -111,14 +115,60 @@ def _gigabytes(amount: int) -> str:
     return f"{amount / _GIB:g}"
 
 
-def _what_if(result: SearchResult, change: str, request: SearchRequest, cost_model: CostModel) -> WhatIf:
-    try:
-        found = search(replace(request, runners_up=0), cost_model)
-    except SearchError:
-        return WhatIf(change=change, plan=None, samples_per_second=0.0, gain=-1.0)
-    return WhatIf(
-        change=change,
-        plan=found.plan,
-        samples_per_second=found.samples_per_second,
-        gain=found.samples_per_second / result.samples_per_second - 1,
-    )
+class _WhatIfs:
+    """Searches that do not depend on each other, one to a core.
+
+    Args:
+        result: what the answers are compared with.
+        cases: (what is changed, request, cost model).
+    """
+
+    def __init__(self, result: SearchResult, cases: Sequence[tuple[str, SearchRequest, CostModel]]) -> None:
+        self.result, self.cases = result, cases
+
+    def answers(self) -> list[WhatIf]:
+        """The answers in the order of the cases.
+
+        Raises:
+            SearchError: a process that searched was ended from outside.
+        """
+        cores = min(len(self.cases), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+        if cores < 2 or "fork" not in multiprocessing.get_all_start_methods():
+            return [self(index) for index in range(len(self.cases))]
+        # Forked processes share the prices that are known already; what starts anew would price all again.
+        context = multiprocessing.get_context("fork")
+        try:
+            with ProcessPoolExecutor(cores, context, initializer=_answer_for, initargs=(self,)) as pool:
+                return list(pool.map(_answer, range(len(self.cases))))
+        except BrokenProcessPool:
+            raise SearchError(
+                "explanation: a process that searched was ended from outside, perhaps for want of memory; "
+                "valid: taskset -c 0, to search on one core"
+            ) from None
+
+    def __call__(self, index: int) -> WhatIf:
+        """The answer to one case."""
+        change, request, cost_model = self.cases[index]
+        try:
+            found = search(replace(request, runners_up=0), cost_model)
+        except SearchError:
+            return WhatIf(change=change, plan=None, samples_per_second=0.0, gain=-1.0)
+        return WhatIf(
+            change=change,
+            plan=found.plan,
+            samples_per_second=found.samples_per_second,
+            gain=found.samples_per_second / self.result.samples_per_second - 1,
+        )
+
+
+_asked: _WhatIfs | None = None
+"""In a forked process: what it answers."""
+
+
+def _answer_for(asked: _WhatIfs) -> None:
+    global _asked
+    _asked = asked
+
+
+def _answer(index: int) -> WhatIf:
+    return _asked(index)
