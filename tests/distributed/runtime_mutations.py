@@ -76,13 +76,12 @@ def zero_scale():
 
 
 def zero_wrong_group():
-    """ZeRO shards over a tp group where that is as large as the group that holds the same weights."""
+    """ZeRO shards over every rank alone instead of over the ranks that hold the same weights."""
     init = ZeroPart.__init__
 
     def mistaken(self, *arguments):
         init(self, *arguments)
-        if self.tp_group.size() == self.dp_cp_group.size():
-            self.dp_cp_group = self.tp_group
+        self.dp_cp_group, _ = torch.distributed.new_subgroups(1)
 
     return _replace(ZeroPart, "__init__", mistaken)
 
