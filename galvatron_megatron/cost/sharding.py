@@ -42,7 +42,8 @@ def sharding_collectives(
     distributed optimizer for stage 1. DeepSpeed's stages 1 and 2 all-reduce whole buckets of gradients and keep
     their part; stage 2 does so after every micro-batch, since a rank keeps its own part alone. Stage 3 gathers
     a module's weights for its forward and for its backward pass, and before that once more where the layer is
-    computed again.
+    computed again. Behind the optimizer DeepSpeed gathers all layers of a class at once; every layer is charged
+    with a start of its own, once per step, since a layer is priced without knowing its neighbours.
 
     Args:
         parameters: of this rank.
