@@ -227,7 +227,7 @@ def _costs(
     if arguments.profile_dir is None:
         counts = _traced(arguments, model, plan) if arguments.traced else None
         return AnalyticCostModel(model, cluster, options, counts)
-    directory = check_directory(arguments.profile_dir)
+    directory = check_directory(arguments.profile_dir, write=False)
     shape = shape_digest(model)
     for profile in list_profiles(directory):
         if profile.provenance.model == shape:

@@ -149,6 +149,8 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.format != "megatron" or (arguments.deepspeed and arguments.output):
         raise PlanError("--deepspeed: an answer of its own; valid: without --format and --output")
     path = find_description("plans", arguments.plan)
+    if arguments.devices is not None and not is_galvatron_config(path):
+        raise PlanError(f"--devices {arguments.devices}: the plan says its devices itself; valid: leave it out")
     plan = read_plan_file(path, arguments.devices)
     model = None
     if arguments.model is not None:

@@ -109,7 +109,11 @@ def run(arguments: argparse.Namespace) -> int:
     action = words.pop(0) if words else "measure"
     if action not in ACTIONS:
         raise GalvatronError(f"action {action!r} is unknown; {did_you_mean(action, ACTIONS)}")
-    directory = check_directory(arguments.directory or default_directory(), create=arguments.directory is None)
+    directory = check_directory(
+        arguments.directory or default_directory(),
+        create=arguments.directory is None,
+        write=action in ("measure", "import"),
+    )
     limit = {"measure": 0, "list": 0, "show": 1, "export": 2, "import": 1}[action]
     unused = () if action == "measure" else ("model", "seq_length", "ranks", "tp", "again", "megatron")
     unused += () if action in ("measure", "show") else ("plot",)

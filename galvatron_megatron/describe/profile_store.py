@@ -32,12 +32,13 @@ def profile_path(directory: Path, fingerprint: str) -> Path:
     return directory / f"profile-{fingerprint}.json"
 
 
-def check_directory(directory: Path, *, create: bool = False) -> Path:
-    """Makes sure that profiles can be written to a directory, before anything is measured.
+def check_directory(directory: Path, *, create: bool = False, write: bool = True) -> Path:
+    """Makes sure that a directory can hold profiles, before anything is measured or searched for.
 
     Args:
         directory: the directory.
         create: make it, with its parents (meant for the default directory).
+        write: profiles are to be written there; a store that many read may be read-only.
 
     Returns:
         The directory.
@@ -50,12 +51,10 @@ def check_directory(directory: Path, *, create: bool = False) -> Path:
             directory.mkdir(parents=True, exist_ok=True)
         if not directory.is_dir():
             kind = "is not a directory" if directory.exists() else "does not exist"
-            raise DescriptionError(
-                f"profile directory {directory}: {kind}; valid: an existing writable directory, "
-                f"or nothing for {default_directory()}"
-            )
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+            raise DescriptionError(f"profile directory {directory}: {kind}; valid: an existing directory")
+        if write:
+            with tempfile.TemporaryFile(dir=directory):
+                pass
     except OSError as error:
         raise DescriptionError(
             f"profile directory {directory}: cannot be written to ({error.strerror}); "

@@ -133,6 +133,8 @@ def test_a_strategy_file_of_hetu_galvatron_becomes_a_plan(
     assert main(["export", str(config), "--devices", "8", "--format", "yaml", "--output", str(out)]) == 0
     plan = read_plan(out)
     assert (plan.world_size, plan.global_batch_size, len(plan.layers)) == (8, 16, 32)
+    assert main(["export", str(out), "--devices", "8", "--format", "yaml"]) == 2
+    assert "says its devices itself" in capsys.readouterr().err
     assert main(["export", str(config), "--format", "yaml"]) == 2
     assert "--devices N" in capsys.readouterr().err
     assert main(["export", str(config), "--devices", "8"]) == 2

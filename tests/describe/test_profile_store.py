@@ -101,6 +101,7 @@ def test_a_directory_that_cannot_be_used_is_named(tmp_path):
     with pytest.raises(DescriptionError, match="cannot be written"):
         # No user, root neither, can make a file here.
         check_directory(Path("/proc/self"))
+    assert check_directory(Path("/proc/self"), write=False).is_dir()
 
 
 def test_a_lock_that_is_held_too_long_is_an_error(tmp_path, monkeypatch):
