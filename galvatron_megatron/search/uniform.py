@@ -14,6 +14,7 @@ from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.strategy import Recompute, Strategy
 from galvatron_megatron.search.branch import Branch
 from galvatron_megatron.search.spans import MOST_SHORT
+from galvatron_megatron.search.stage_partition import Positions
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -93,50 +94,77 @@ def solve_uniform(point: UniformPoint, cutoff: float) -> Plan | None:
     return point.branch.solve(point.virtual_stages, point.base, cutoff, options)
 
 
+class _Capacity:
+    """How many layers every pipeline rank can hold and finish in a time, each rank by itself and every layer as
+    if it were the cheapest of its kinds.
+
+    Args:
+        point: the strategy.
+        live: distinct rows of live micro-batches, [D, v].
+        positions: of the ranks; without a base layout a relaxation.
+    """
+
+    def __init__(self, point: UniformPoint, live: np.ndarray, positions: Positions) -> None:
+        outer, virtual = point.branch.outer, point.virtual_stages
+        self.virtual, self.positions, self.layers = virtual, positions, len(point.branch.kinds)
+        prices = np.array([point.branch.options[key].prices[:, index] for key, index in point.chosen.items()])
+        self.seconds, _, state, activation, transient = prices.min(0)
+        if outer.pp == 1:
+            self.seconds = (prices[:, 0] + prices[:, 1] / outer.micro_batches).min()
+        spare = positions.budget - np.maximum(positions.transient, transient)
+        has_budget = spare.min() >= 0
+        held = virtual * state + live.sum(1)[positions.classes] * activation
+        # The first and the last virtual stage may lack layers, which makes room for as many on their ranks.
+        self.slack = np.zeros(outer.pp)
+        if virtual > 1:
+            self.slack[0] += MOST_SHORT
+            self.slack[-1] += MOST_SHORT
+            spare = spare + self.slack * (state + live.max(1)[positions.classes] * activation)
+        if held.min() > 0:
+            self.by_memory = np.clip(np.floor(spare / held + 1e-9), 0, self.layers)
+        else:
+            self.by_memory = np.full(outer.pp, float(self.layers))
+        self.is_enough = has_budget and self.by_memory.sum() * virtual >= self.layers
+
+    def room(self, slowest: float) -> float:
+        """Layers for which there is room if no rank takes longer than ``slowest`` seconds."""
+        by_time = np.floor(
+            ((slowest - self.positions.seconds) / self.seconds + self.slack) / self.virtual + 1e-9
+        )
+        return float(np.clip(np.minimum(self.by_memory, by_time), 0, self.layers).sum()) * self.virtual
+
+    def suffices(self, slowest: float) -> bool:
+        """Whether all layers find room."""
+        return self.is_enough and (
+            self.seconds <= 0 or not np.isfinite(slowest) or self.room(slowest) >= self.layers
+        )
+
+
 def capacity_bound(point: UniformPoint, cutoff: float) -> float:
     """Bound of the step time from how many layers every rank can hold and finish in time; infinite if too few.
 
-    Bisects the least time of the slowest rank at which the ranks together have room for all layers, each
-    rank by itself and every layer as if it were the cheapest of its kinds.
+    Bisects the least time of the slowest rank at which the ranks together have room for all layers.
     """
     branch, virtual = point.branch, point.virtual_stages
     outer = branch.outer
-    live, positions = branch.positions(virtual, point.base)
-    prices = np.array([branch.options[key].prices[:, index] for key, index in point.chosen.items()])
-    seconds, _, state, activation, transient = prices.min(0)
-    if outer.pp == 1:
-        seconds = (prices[:, 0] + prices[:, 1] / outer.micro_batches).min()
-    spare = positions.budget - np.maximum(positions.transient, transient)
-    if spare.min() < 0:
+    high = cutoff / outer.micro_batches
+    # Most points fail already without embedding, head, sends and overheads, which then need no prices.
+    if not _Capacity(point, *branch.positions(virtual, None)).suffices(high):
         return np.inf
-    held = virtual * state + live.sum(1)[positions.classes] * activation
-    # The first and the last virtual stage may lack layers, which makes room for as many on their ranks.
-    slack = np.zeros(outer.pp)
-    if virtual > 1:
-        slack[0] += MOST_SHORT
-        slack[-1] += MOST_SHORT
-    spare = spare + slack * (state + live.max(1)[positions.classes] * activation)
-    by_memory = np.floor(spare / held + 1e-9) if held.min() > 0 else np.full(outer.pp, np.inf)
-    layers = len(branch.kinds)
-    if (np.minimum(by_memory, layers) * virtual).sum() < layers:
+    live, positions = branch.positions(virtual, point.base)
+    capacity = _Capacity(point, live, positions)
+    if not capacity.suffices(high):
         return np.inf
     total = _totals(branch, point.chosen)[0] + positions.seconds.sum()
-
-    def room(slowest: float) -> float:
-        by_time = np.floor(((slowest - positions.seconds) / seconds + slack) / virtual + 1e-9)
-        return float((np.clip(np.minimum(by_memory, by_time), 0, layers) * virtual).sum())
-
     low = total / outer.pp
-    high = cutoff / outer.micro_batches
-    if seconds > 0:
+    if capacity.seconds > 0:
         if not np.isfinite(high):
-            high = seconds * (layers + slack.max() + virtual) + positions.seconds.max()
-        elif room(high) < layers:
-            return np.inf
+            most = capacity.layers + capacity.slack.max() + virtual
+            high = capacity.seconds * most + positions.seconds.max()
         for _ in range(24):
             if high - low <= 1e-6 * high:
                 break
             middle = (low + high) / 2
-            low, high = (middle, high) if room(middle) < layers else (low, middle)
+            low, high = (middle, high) if capacity.room(middle) < capacity.layers else (low, middle)
     sync = positions.sync.max()
     return (outer.micro_batches - 1 / virtual) * low * (1 - 1e-9) + total / virtual + sync
