@@ -56,7 +56,7 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""} | extra
 
 
-def run_ranks(world_size: int, words: list[str], *, timeout_seconds: float = 150.0, **extra: str) -> Job:
+def run_ranks(world_size: int, words: list[str], *, timeout_seconds: float = 300.0, **extra: str) -> Job:
     """Starts the ranks of a job without a launcher: nobody ends a rank but the rank itself.
 
     Args:
@@ -92,7 +92,7 @@ def run_ranks(world_size: int, words: list[str], *, timeout_seconds: float = 150
     return Job(codes=[process.returncode for process in processes], outputs=outputs)
 
 
-def torchrun(world_size: int, words: list[str], *, timeout_seconds: float = 170.0) -> Job:
+def torchrun(world_size: int, words: list[str], *, timeout_seconds: float = 300.0) -> Job:
     """Starts a job with torchrun."""
     done = subprocess.run(
         [
@@ -108,7 +108,7 @@ def torchrun(world_size: int, words: list[str], *, timeout_seconds: float = 170.
     return Job(codes=[done.returncode], outputs=[done.stdout])
 
 
-def deepspeed(words: list[str], *launcher_words: list[str], timeout_seconds: float = 170.0) -> Job:
+def deepspeed(words: list[str], *launcher_words: list[str], timeout_seconds: float = 300.0) -> Job:
     """Starts a job with the deepspeed launcher.
 
     Args:

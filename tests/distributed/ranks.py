@@ -47,7 +47,7 @@ class Ranks:
         timeout_seconds: for one case, the start of the ranks not counted.
     """
 
-    def __init__(self, world_size: int, *, timeout_seconds: float = 120.0) -> None:
+    def __init__(self, world_size: int, *, timeout_seconds: float = 300.0) -> None:
         self.world_size = world_size
         self.timeout_seconds = timeout_seconds
         self._processes: list[multiprocessing.process.BaseProcess] = []

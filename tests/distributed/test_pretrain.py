@@ -105,7 +105,7 @@ def test_the_deepspeed_launcher_gives_the_same_plan_and_losses(planned, tmp_path
 def test_a_failure_ends_every_rank_with_one_line(planned, words, message):
     directory, auto, _, _, _ = planned
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
-    job = run_ranks(2, [str(SMALL), *SIZES, *auto, *words], timeout_seconds=100)
+    job = run_ranks(2, [str(SMALL), *SIZES, *auto, *words])
     assert job.codes == [EXIT_CODE, EXIT_CODE], job.text[-3000:]
     assert len(job.errors) == 1 and message in job.errors[0]
     assert "Traceback" not in job.text
