@@ -306,7 +306,8 @@ MIXTURES = (
         "experts-exchanged",
         "experts-exchanged",
         "tp1",
-        ["tp1 ep2", "tp2+megatron ep2", "tp4+ulysses ep4", "tp4+megatron etp1 ep2 zero1"],
+        # With ep and etp above 1 the ranks gather unequal numbers of tokens, which gloo cannot.
+        ["tp1 ep2", "tp2+megatron etp1 ep2", "tp4+ulysses ep4", "tp4+megatron etp1 ep2 zero1"],
     ),
     case(
         "experts-exchanged-whole",
