@@ -26,6 +26,10 @@ PLANS = {
     "stock": (4, "tp2", [["tp2"] * 4], {"detached": True}),
 }
 PAIRS = (
+    ("gradients", "parameters"),
+    ("parameters", "gradients"),
+    ("mixed", "parameters"),
+    ("gradients", "uniform"),
     ("mixed", "pipeline"),
     ("mixed", "uniform"),
     ("split", "mixed"),
@@ -34,10 +38,6 @@ PAIRS = (
     ("uneven", "split"),
     ("uniform", "mixed"),
     ("interleaved", "split"),
-    ("gradients", "parameters"),
-    ("parameters", "gradients"),
-    ("mixed", "parameters"),
-    ("gradients", "uniform"),
 )
 OTHER_WORLDS = (("mixed", "two"), ("mixed", "one"), ("parameters", "one"))
 
