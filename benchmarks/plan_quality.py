@@ -120,7 +120,7 @@ def run_jobs(jobs: list[dict], link: str | None, options: argparse.Namespace) ->
     """Runs jobs one after the other, as many as there is time for while the machine is held.
 
     Args:
-        jobs: see benchmarks/jobs_on_rank.py.
+        jobs: see benchmarks/_jobs_on_rank.py.
         link: rate of the link between two nodes that this machine plays, or None for one node.
         options: of the command line.
 
@@ -135,7 +135,7 @@ def run_jobs(jobs: list[dict], link: str | None, options: argparse.Namespace) ->
                 job["port"] = probe.getsockname()[1]
         request = folder / "jobs.json"
         request.write_text(json.dumps({"folder": temporary, "seconds": options.hold_seconds, "jobs": jobs}))
-        worker = [sys.executable, str(ROOT / "benchmarks" / "jobs_on_rank.py"), str(request)]
+        worker = [sys.executable, str(ROOT / "benchmarks" / "_jobs_on_rank.py"), str(request)]
         if options.lock:
             # Waits in the kernel's queue, as the flock command does.
             fcntl.flock(stack.enter_context(options.lock.open("a")), fcntl.LOCK_EX)

@@ -2,7 +2,7 @@
 
 Started by benchmarks/plan_quality.py, once per rank, with the usual variables of torchrun:
 
-    python benchmarks/jobs_on_rank.py JOBS.json
+    python benchmarks/_jobs_on_rank.py JOBS.json
 
 ``JOBS.json`` holds ``folder`` (for what ranks tell each other), ``seconds`` (no job starts later than this) and
 ``jobs``, each with ``port`` and either ``profile`` (a request of ``galvatron profile``) or ``words`` (a command
