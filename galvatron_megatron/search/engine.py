@@ -110,7 +110,7 @@ class _Run:
         value = seconds / plan.global_batch_size
         if self.best is None or value < self.best[0] * (1 - _TIE):
             self.best = (value, plan)
-        family = (plan.global_batch_size, plan.pp, plan.virtual_stages, plan.micro_batches, plan.base.layout)
+        family = outer_decisions(plan)
         if family not in self.found or value < self.found[family][0]:
             self.found[family] = (value, plan)
         return value
