@@ -13,6 +13,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_matrix
 
 from galvatron_megatron.cost.objective import live_micro_batches
+from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 
 
 class _Program:
@@ -29,8 +30,8 @@ class _Program:
     def add(self, coefficients: dict[int, float], low: float, high: float) -> None:
         self.rows.append((coefficients, low, high))
 
-    def least(self) -> float:
-        """Least objective; infinite where nothing is feasible."""
+    def least(self) -> tuple[float, list[tuple]]:
+        """Least objective, and the names of the arcs that are taken; infinite where nothing is feasible."""
         size = len(self.names)
         entries = [(r, v, c) for r, (row, _, _) in enumerate(self.rows) for v, c in row.items()]
         r, v, c = zip(*entries, strict=True)
@@ -49,13 +50,16 @@ class _Program:
             options={"mip_rel_gap": 1e-7, "time_limit": 60},
         )
         if found.status == 2:
-            return np.inf
+            return np.inf, []
         assert found.status == 0, found.message
-        return float(found.fun)
+        return float(found.fun), [
+            key for key, index in self.names.items() if arcs[index] and found.x[index] > 0.5
+        ]
 
 
-def milp_step_seconds(request, costs, space, outer, setting) -> float:
-    """Step seconds of the best plan of one setting, infinite where none fits."""
+def milp_plan(request, costs, space, outer, setting) -> tuple[float, Plan | None]:
+    """Step seconds of the best plan of one setting, as the solver sees them, and the plan; infinite and None
+    where none fits."""
     model, pp, m = request.model, outer.pp, outer.micro_batches
     count = len(model.layers)
     options = [space.strategies(layer, outer) for layer in model.layers]
@@ -118,4 +122,18 @@ def milp_step_seconds(request, costs, space, outer, setting) -> float:
         for v, seconds in time[p].items():
             program.objective[v] += seconds
         fixed += t0
-    return program.least() + fixed
+    least, taken = program.least()
+    if not taken:
+        return np.inf, None
+    # Every layer is entered once: over f as the first of its rank, over u behind another one.
+    stages: list[list[LayerPlan]] = [[] for _ in range(pp)]
+    for p, i, s in sorted((key[1], key[2], key[-1]) for key in taken if key[0] in ("f", "u")):
+        stages[p].append(LayerPlan(kind=model.layers[i].kind, strategy=options[i][s]))
+    plan = Plan(
+        pp=pp,
+        micro_batch_size=setting.micro_batch_size,
+        micro_batches=m,
+        base=setting.base,
+        stages=tuple(StagePlan(layers=tuple(stage)) for stage in stages),
+    )
+    return least + fixed, plan

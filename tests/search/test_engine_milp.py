@@ -4,7 +4,7 @@ import math
 import random
 
 import pytest
-from milp import milp_step_seconds
+from milp import milp_plan
 from random_costs import RandomCosts, tiny_model
 
 from galvatron_megatron.errors import SearchError
@@ -12,6 +12,7 @@ from galvatron_megatron.plan.constraints import Constraints
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
 from galvatron_megatron.search.decision_tree import Space, setting_of
 from galvatron_megatron.search.engine import search
+from galvatron_megatron.search.evaluation import evaluate
 from galvatron_megatron.search.request import SearchRequest
 
 _SLOW = (8, 30)
@@ -53,12 +54,13 @@ def instance(seed: int):
 def test_equals_mixed_integer_program(seed):
     request, costs = instance(seed)
     space = Space(request=request)
-    wanted = min(
-        milp_step_seconds(request, costs, space, outer, setting_of(outer, 1, base))
+    answers = [
+        milp_plan(request, costs, space, outer, setting_of(outer, 1, base))
         for outer in space.outers()
         for base in space.bases(outer)
         if base.sequence_parallel is SequenceParallel.NONE
-    )
+    ]
+    wanted, best = min(answers, key=lambda answer: answer[0])
     if math.isinf(wanted):
         with pytest.raises(SearchError):
             search(request, costs)
@@ -67,3 +69,7 @@ def test_equals_mixed_integer_program(seed):
     # The solver holds its constraints to 1e-6 only: its plan may seem a little faster than any is.
     assert result.step_seconds == pytest.approx(wanted, rel=3e-7)
     assert max(result.memory_bytes) <= request.memory_bytes
+    # Priced exactly, no plan of the solver's is faster.
+    assert evaluate(best, costs).fits(request.memory_bytes)
+    for plan in (plan for _, plan in answers if plan is not None):
+        assert result.step_seconds <= evaluate(plan, costs).step_seconds * (1 + 1e-9)
