@@ -422,12 +422,13 @@ class AnalyticCostModel:
         then shards are summed over the instances.
         """
         sent: dict[tuple[str, str], float] = {}
+        modules = gathered_modules(counts, self.options) if strategy.zero == 3 else 1
         for share in shares:
             for entry in sharding_collectives(
                 share.parameters,
                 strategy.zero,
                 self._element,
-                modules=gathered_modules(counts, self.options),
+                modules=modules,
                 recompute=strategy.recompute,
                 deepspeed=self.options.deepspeed_zero_1,
             ):
@@ -456,7 +457,8 @@ class AnalyticCostModel:
 
     def _offload_seconds(self, traffic: HostTraffic, micro_batches: int) -> dict[str, float]:
         """What the link to the host adds to the phases of every micro-batch: DeepSpeed waits for its copies."""
-        added = (micro_batches - 1) / micro_batches * traffic.accumulated_per_micro_batch
+        # In every micro-batch but the first, what was stored comes back to be added to.
+        added = (micro_batches - 1) / micro_batches * traffic.stored_per_micro_batch
         return {
             "forward": link_seconds(traffic.fetched_per_pass, self.cluster),
             "backward": link_seconds(

@@ -27,9 +27,6 @@ class HostTraffic:
     """Updated weight shards to the device."""
     updated_per_step: float = 0.0
     """Moved through host memory by the optimizer."""
-    accumulated_per_micro_batch: float = 0.0
-    """Gradient shards of earlier micro-batches that come back to be added to, in every micro-batch but the
-    first."""
 
 
 def host_traffic(shares: Iterable[Share], strategy: Strategy, element: ElementBytes) -> HostTraffic:
@@ -57,7 +54,6 @@ def host_traffic(shares: Iterable[Share], strategy: Strategy, element: ElementBy
         stored_per_step=0.0 if early else gradient,
         returned_per_step=0.0 if fetches else weights,
         updated_per_step=parameters * (2 * master + 4 + element.weight),
-        accumulated_per_micro_batch=gradient if early else 0.0,
     )
 
 
