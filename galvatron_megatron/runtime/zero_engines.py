@@ -53,8 +53,6 @@ class EngineOptions:
     """In which they are reduced."""
     bucket_elements: int
     """Elements that are reduced, or gathered, at once."""
-    persistence_elements: int = 0
-    """Stage 3: parameters up to this size are kept whole on every rank."""
 
 
 def connect() -> None:
@@ -82,6 +80,10 @@ class _Common:
     def apply(self) -> None:
         """Steps with the gradients as they are and brings the new weights to all ranks."""
         self.step()
+
+    def reload(self) -> None:
+        """Takes the model's weights over into the main weights."""
+        self.refresh_fp32_params()
 
 
 class ShardedStatesEngine(_Common, DeepSpeedZeroOptimizer):
@@ -172,10 +174,6 @@ class ShardedStatesEngine(_Common, DeepSpeedZeroOptimizer):
         for index in range(len(self.bit16_groups)):
             self.averaged_gradients[index] = self.all_grad_tensors[index] = None
 
-    def reload(self) -> None:
-        """Takes the model's weights over into the main weights."""
-        self.refresh_fp32_params()
-
 
 class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
     """ZeRO 3: every rank keeps a part of each parameter; modules gather what they need and let it go again."""
@@ -214,7 +212,7 @@ class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
                 gradient_accumulation_dtype=options.gradient_dtype,
                 communication_data_type=options.communication_dtype,
                 reduce_bucket_size=options.bucket_elements,
-                param_persistence_threshold=options.persistence_elements,
+                param_persistence_threshold=0,  # every parameter is sharded, however small
                 prefetch_bucket_size=0,
                 max_live_parameters=0,
                 max_reuse_distance=0,
@@ -282,10 +280,6 @@ class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
         """Before the first micro-batch of a step."""
         self.zero_grad()
         self.grad_partitions_flat_buffer.zero_()
-
-    def reload(self) -> None:
-        """Takes the model's weights over into the main weights."""
-        self.refresh_fp32_params()
 
 
 def _share_storage(weights: torch.Tensor, main: torch.Tensor) -> None:
