@@ -29,9 +29,12 @@ def whole_parameters(modules: Iterable[torch.nn.Module], *, keep_changes: bool =
         modules: model chunks.
         keep_changes: whether what is written meanwhile stays; every rank must then write the same.
     """
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    parameters = _sharded(modules)
+    if parameters:
+        # Imported only where engines are: the first import settles for good which device DeepSpeed takes.
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    parameters = [p for p in _sharded(modules) if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+        parameters = [p for p in parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
     if not parameters:
         yield
         return

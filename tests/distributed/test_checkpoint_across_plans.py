@@ -26,10 +26,6 @@ PLANS = {
     "stock": (4, "tp2", [["tp2"] * 4], {"detached": True}),
 }
 PAIRS = (
-    ("gradients", "parameters"),
-    ("parameters", "gradients"),
-    ("mixed", "parameters"),
-    ("gradients", "uniform"),
     ("mixed", "pipeline"),
     ("mixed", "uniform"),
     ("split", "mixed"),
@@ -38,6 +34,10 @@ PAIRS = (
     ("uneven", "split"),
     ("uniform", "mixed"),
     ("interleaved", "split"),
+    ("gradients", "parameters"),
+    ("parameters", "gradients"),
+    ("mixed", "parameters"),
+    ("gradients", "uniform"),
 )
 OTHER_WORLDS = (("mixed", "two"), ("mixed", "one"), ("parameters", "one"))
 
