@@ -39,6 +39,7 @@ def build(tp, sequence_parallel):
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.enums import AttnBackend
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     parallel_state.initialize_model_parallel(tp)
@@ -58,6 +59,8 @@ def build(tp, sequence_parallel):
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        # As the jobs that later tests run in these processes: Megatron keeps the choice in the environment.
+        attention_backend=AttnBackend.unfused,
     )
     return GPTModel(config, get_gpt_layer_local_spec(), vocab_size=VOCABULARY, max_sequence_length=LENGTH)
 
