@@ -25,7 +25,7 @@ from galvatron_megatron.plan.checks import shown
 from galvatron_megatron.plan.constraints import Constraints
 from galvatron_megatron.plan.document import SUFFIXES, check_target
 from galvatron_megatron.plan.plan import Fingerprints
-from galvatron_megatron.plan.runnable import HIGHEST_STOCK_ZERO, HIGHEST_ZERO
+from galvatron_megatron.plan.runnable import HIGHEST_STOCK_ZERO, HIGHEST_ZERO, ZERO_BACKENDS
 from galvatron_megatron.plan.serialization import write_plan
 from galvatron_megatron.plan.strategy import Offload, Recompute, SequenceParallel
 from galvatron_megatron.report.search_report import print_search, print_space, search_document
@@ -104,8 +104,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--overlap-param-gather", action="store_true", help="as Megatron's flag of this name")
     job.add_argument(
         "--zero-backend",
-        choices=["megatron", "deepspeed"],
-        default="megatron",
+        choices=ZERO_BACKENDS,
+        default=ZERO_BACKENDS[0],
         help="who runs ZeRO 1, as --galvatron-zero-backend of a job (default: megatron)",
     )
     output = parser.add_argument_group("answer")

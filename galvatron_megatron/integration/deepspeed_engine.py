@@ -118,11 +118,9 @@ def prepare() -> None:
     if dist.get_backend() == "gloo":
         # It looks for a GPU by itself, and takes stand-ins for one.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    from galvatron_megatron.runtime import zero_engines
 
-    if dist.get_backend() == "gloo":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    zero_engines.connect()
 
 
 def initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: Path | str | dict) -> Any:

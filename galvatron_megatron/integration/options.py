@@ -10,9 +10,9 @@ from galvatron_megatron.describe.profile_store import default_directory
 from galvatron_megatron.errors import GalvatronError, did_you_mean
 from galvatron_megatron.integration.start_up import FLAG_PREFIX
 from galvatron_megatron.plan.document import SUFFIXES, check_target
+from galvatron_megatron.plan.runnable import ZERO_BACKENDS
 
 DEVICES = ("cuda", "cpu")
-ZERO_BACKENDS = ("megatron", "deepspeed")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,9 @@ HIGHEST_ZERO = 3
 HIGHEST_STOCK_ZERO = 1
 """Highest ZeRO stage that Megatron's own code executes."""
 
+ZERO_BACKENDS = ("megatron", "deepspeed")
+"""Who may execute ZeRO 1, the usual one first."""
+
 
 def execution_problem(plan: Plan) -> str | None:
     """Says why a plan cannot be executed.

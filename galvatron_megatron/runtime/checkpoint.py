@@ -8,6 +8,7 @@ whose plan leaves the work to Megatron also loads what Megatron saved without a 
 """
 
 import copy
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -84,9 +85,9 @@ class ReshardableOptimizer(ChainedOptimizer):
                     model_sharded_state_dict, is_loading, {}
                 )
             elif isinstance(optimizer, ZeroOptimizer):
-                state = _sharded_states(optimizer, entries)
+                state = _checkpoint_entries(optimizer.whole_states(), entries)
             else:
-                state = _replicated_states(optimizer, entries)
+                state = _checkpoint_entries(_replicated_states(optimizer), entries)
             states[f"optimizer{index}"] = {str(number): tensors for number, tensors in state.items()}
         return {"settings": _settings(self), "state": states}
 
@@ -160,28 +161,27 @@ def _parameters(optimizer: MegatronOptimizer) -> list[tuple[torch.Tensor, torch.
     return pairs + [(parameter, parameter) for group in optimizer.fp32_from_fp32_groups for parameter in group]
 
 
-def _replicated_states(
-    optimizer: MegatronOptimizer, entries: dict[int, _Sharded]
+def _replicated_states(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Main weight and states of each parameter of an optimizer that does not shard."""
+    for model, main in _parameters(optimizer):
+        yield model, {"param": main.detach(), **{key: optimizer.optimizer.state[main][key] for key in STATES}}
+
+
+def _checkpoint_entries(
+    states: Iterable[tuple[torch.Tensor, dict[str, torch.Tensor]]], entries: dict[int, _Sharded]
 ) -> dict[int, dict[str, _Sharded]]:
-    """Checkpoint entries of the states of an optimizer that does not shard."""
-    states = {}
-    for number, (model, main) in enumerate(_parameters(optimizer)):
-        tensors = {"param": main.detach(), **{key: optimizer.optimizer.state[main][key] for key in STATES}}
-        states[number] = {
-            key: make_sharded_optimizer_tensor(entries[id(model)], tensor, prefix=f"optimizer.state.{key}")
-            for key, tensor in tensors.items()
-        }
-    return states
+    """Checkpoint entries of main weights and states, by the parameter's number.
 
-
-def _sharded_states(optimizer: ZeroOptimizer, entries: dict[int, _Sharded]) -> dict[int, dict[str, _Sharded]]:
-    """Checkpoint entries of the states of an optimizer whose ranks keep parts of them."""
+    Args:
+        states: the model's parameters, and their tensors by name.
+        entries: the model's checkpoint entries by the identity of their parameter.
+    """
     return {
         number: {
             key: make_sharded_optimizer_tensor(entries[id(model)], tensor, prefix=f"optimizer.state.{key}")
             for key, tensor in tensors.items()
         }
-        for number, (model, tensors) in enumerate(optimizer.whole_states())
+        for number, (model, tensors) in enumerate(states)
     }
 
 

@@ -16,14 +16,12 @@ import torch.distributed as dist
 from galvatron_megatron.errors import UnsupportedPlanError
 from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
 from galvatron_megatron.plan.plan import Plan
+from galvatron_megatron.plan.runnable import ZERO_BACKENDS
 
 if TYPE_CHECKING:
     from galvatron_megatron.runtime.zero_engines import ShardedParametersEngine, ShardedStatesEngine
 
     Engine = ShardedStatesEngine | ShardedParametersEngine
-
-BACKENDS = ("megatron", "deepspeed")
-"""Who runs ZeRO 1."""
 
 
 def zero_backend(args: Any) -> str:
@@ -35,10 +33,10 @@ def zero_backend(args: Any) -> str:
     Raises:
         UnsupportedPlanError: another value.
     """
-    backend = getattr(args, "galvatron_zero_backend", None) or BACKENDS[0]
-    if backend not in BACKENDS:
+    backend = getattr(args, "galvatron_zero_backend", None) or ZERO_BACKENDS[0]
+    if backend not in ZERO_BACKENDS:
         raise UnsupportedPlanError(
-            f"--galvatron-zero-backend: {backend!r} is unknown; valid: {', '.join(BACKENDS)}"
+            f"--galvatron-zero-backend: {backend!r} is unknown; valid: {', '.join(ZERO_BACKENDS)}"
         )
     return backend
 
