@@ -74,6 +74,9 @@ def test_a_kept_plan_is_used_again_and_damage_costs_nothing_but_time(planned):
     new = json.loads(plan_file.read_text())["decision"]["plan"]
     # What was measured anew differs, and may lead to another plan for the same model.
     assert new["fingerprints"]["model"] == plan["fingerprints"]["model"]
+    # The tests below read what the job above kept.
+    for path, text in before.items():
+        path.write_text(text)
 
 
 def test_the_deepspeed_launcher_gives_the_same_plan_and_losses(planned, tmp_path):
@@ -112,8 +115,10 @@ def test_a_failure_ends_every_rank_with_one_line(planned, words, message):
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
 
 
-def test_a_plan_file_whose_layers_differ_trains_like_a_uniform_one(planned, tmp_path):
-    _, _, job, _, _ = planned
+def test_a_plan_file_whose_layers_differ_trains_like_a_uniform_one(tmp_path):
+    # Not beside the chosen plan: Megatron draws other weights at every number of stages.
+    job = run_ranks(2, [str(SMALL), *SIZES, "--micro-batch-size", "2"])
+    assert job.codes == [0, 0], job.text[-3000:]
     path = tmp_path / "mixed.yaml"
     path.write_text(
         "{schema_version: 1, pp: 1, micro_batch_size: 2, micro_batches: 2, base: {tp: 1, dp: 2}, stages: [["
