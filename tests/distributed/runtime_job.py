@@ -31,6 +31,7 @@ from megatron.training.argument_utils import (
 )
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
+from runtime_cases import CLIP
 from runtime_memory import measure_at_norm
 from runtime_mutations import MUTATIONS
 
@@ -47,7 +48,6 @@ inspect.getsource = functools.cache(inspect.getsource)
 
 SEQUENCE = 16
 VOCABULARY = 64
-STEPS = 10
 
 
 KINDS = {
@@ -124,12 +124,11 @@ def arguments(case: dict, plan: Plan) -> list[str]:
         "global-batch-size": plan.global_batch_size,
         "tensor-model-parallel-size": plan.base.tp,
         "pipeline-model-parallel-size": plan.pp,
-        "train-iters": STEPS,
-        "lr": 3e-3,
+        "lr": 7e-3,
         "lr-decay-style": "constant",
         "lr-warmup-iters": 0,
         "weight-decay": 0.01,
-        "clip-grad": 1.0,
+        "clip-grad": CLIP,
         "adam-eps": 1e-5,
         "seed": 1234,
         "eval-iters": 0,
@@ -296,7 +295,7 @@ def run_case(case: dict) -> dict:
     """Trains one case and returns losses, gradient norms, zero counts and the final weights."""
     world_size = dist.get_world_size()
     plan = plan_of(case, world_size)
-    seen = {"losses": [], "norms": [], "zeros": [], "skipped": []}
+    seen = {"losses": [], "norms": [], "zeros": [], "skipped": [], "weights_after": {}}
     # Without asynchronous saving only this process uses the queue; Megatron would start a process to serve it.
     filesystem_async._results_queue = queue.Queue()
     sys.argv = ["job", *arguments(case, plan)]
@@ -326,6 +325,8 @@ def run_case(case: dict) -> dict:
         seen["skipped"].append(int(result[1]))
         seen["norms"].append(None if result[5] is None else float(result[5]))
         seen["zeros"].append(None if result[6] is None else float(result[6]))
+        if len(seen["skipped"]) in case.get("weights_after", ()):
+            seen["weights_after"][len(seen["skipped"])] = gather_weights(models)
         return result
 
     training.train_step, training.setup_model_and_optimizer = step, setup

@@ -1,7 +1,7 @@
 """What the runtime's distributed tests ask of ranks and remember of it; Megatron is imported on ranks only."""
 
 import numpy as np
-from runtime_cases import MODELS, reference
+from runtime_cases import LONG, MODELS, reference
 
 _references = {}
 
@@ -22,6 +22,13 @@ def references(ranks):
         for model in MODELS:
             _references[model] = ranks(1).run(train, reference(model))[0]
     return _references
+
+
+def expected_of(ranks, made):
+    """What the reference saw in as many steps as a case has, its weights after them included."""
+    seen, steps = references(ranks)[made["model"]], made["arguments"]["train-iters"]
+    weights = seen["weights"] if steps == LONG else seen["weights_after"][steps]
+    return {key: seen[key][:steps] for key in ("losses", "norms", "skipped")} | {"weights": weights}
 
 
 def relative(values, expected):

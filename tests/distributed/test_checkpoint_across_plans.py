@@ -2,7 +2,7 @@
 
 import pytest
 from ranks import RankError
-from runtime_cases import case
+from runtime_cases import LONG, case
 from runtime_rank import assert_same_training, references, train
 
 pytestmark = pytest.mark.distributed
@@ -44,7 +44,7 @@ OTHER_WORLDS = (("mixed", "two"), ("mixed", "one"), ("parameters", "one"))
 
 def of(name, model, arguments):
     world_size, base, stages, options = PLANS[name]
-    return world_size, case(name, model, base, *stages, **options, arguments=arguments)
+    return world_size, case(name, model, base, *stages, **options, arguments={"train-iters": LONG, **arguments})
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def goes_on(ranks, saved, before, after):
     arguments = {"load": str(saved(before)), "override-opt-param-scheduler": True}
     world_size, made = of(after, "modern", arguments)
     seen = ranks(world_size).run(train, made)[0]
-    assert len(seen["losses"]) == 10 - HALFWAY, "the job must resume where the other stopped"
+    assert len(seen["losses"]) == LONG - HALFWAY, "the job must resume where the other stopped"
     assert_same_training(seen, references(ranks)["modern"], slice(HALFWAY, None))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from ranks import free_port
-from runtime_cases import MIXED, case
+from runtime_cases import LONG, MIXED, case
 from runtime_rank import assert_same_training, references, train
 
 pytestmark = pytest.mark.distributed
@@ -24,7 +24,7 @@ def test_a_killed_rank_ends_the_job_and_the_checkpoint_loads(ranks, tmp_path):
         "modern",
         "tp1",
         MIXED,
-        arguments={"save": str(tmp_path / "saved"), "save-interval": HALFWAY},
+        arguments={"save": str(tmp_path / "saved"), "save-interval": HALFWAY, "train-iters": LONG},
         dies={"rank": 2, "calls": 2 * HALFWAY + 3},  # the second micro-batch of the seventh step
     )
     file = tmp_path / "case.json"
@@ -46,7 +46,7 @@ def test_a_killed_rank_ends_the_job_and_the_checkpoint_loads(ranks, tmp_path):
         "modern",
         "tp2",
         ["tp4+megatron", "tp1", "tp2", "tp1"],
-        arguments={"load": str(tmp_path / "saved"), "override-opt-param-scheduler": True},
+        arguments={"load": str(tmp_path / "saved"), "override-opt-param-scheduler": True, "train-iters": LONG},
     )
     seen = ranks(4).run(train, resumed)[0]
     assert_same_training(seen, expected, slice(HALFWAY, None))

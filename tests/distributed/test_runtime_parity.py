@@ -6,21 +6,32 @@ from itertools import product
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from runtime_cases import CONTEXT, FEATURES, HALF, LAYOUTS, MIXED, MIXTURES, case, changes, pair_cases
-from runtime_rank import assert_same_training, references, relative, train, weight_difference
+from runtime_cases import (
+    CLIP,
+    CONTEXT,
+    FEATURES,
+    FEWER,
+    HALF,
+    LAYOUTS,
+    MIXED,
+    MIXTURES,
+    STEPS,
+    case,
+    changes,
+    pair_cases,
+)
+from runtime_rank import assert_same_training, expected_of, references, relative, train, weight_difference
 
 pytestmark = pytest.mark.distributed
 RANDOM_PLANS = int(os.environ.get("GALVATRON_RANDOM_PLANS", "25"))
-SHORT = 4
-"""Steps of a randomly drawn plan."""
 
 
 def test_the_reference_learns(ranks):
     for model, seen in references(ranks).items():
-        assert min(seen["losses"]) < 0.95 * seen["losses"][0] or model == "fp16", model
+        assert min(seen["losses"][:STEPS]) < 0.95 * seen["losses"][0] or model == "fp16", model
         assert not seen["planned"]
         if model != "fp16":
-            assert min(seen["norms"]) > 1.0, "clipping at 1.0 must be active"
+            assert min(seen["norms"]) > CLIP, "clipping must be active"
 
 
 def test_the_plans_change_between_all_pairs_of_layouts():
@@ -29,7 +40,7 @@ def test_the_plans_change_between_all_pairs_of_layouts():
 
 @pytest.mark.parametrize("made", [*pair_cases(), *FEATURES, *MIXTURES, *CONTEXT], ids=lambda made: made["name"])
 def test_same_training(ranks, made):
-    expected = references(ranks)[made["model"]]
+    expected = expected_of(ranks, made)
     seen = ranks(4).run(train, made)[0]
     assert seen["planned"]
     assert_same_training(seen, expected)
@@ -38,8 +49,8 @@ def test_same_training(ranks, made):
 
 @pytest.mark.parametrize("made", HALF, ids=lambda made: made["name"])
 def test_half_precision_within_its_noise(ranks, made):
-    expected = references(ranks)[made["model"]]
-    exact = references(ranks)["modern"]
+    expected = expected_of(ranks, made)
+    exact = expected_of(ranks, {**made, "model": "modern"})
     seen = ranks(4).run(train, made)[0]
     assert seen["skipped"] == expected["skipped"]
     assert seen["copies_differ"] == 0.0
@@ -86,9 +97,9 @@ def test_random_plans(ranks, base, layers, model, split):
     if split:  # two pipeline stages of two ranks each
         base, layers = base.replace("tp4", "tp2"), [words.replace("tp4", "tp2") for words in layers]
         stages, options = [layers[:split], layers[split:]], {"pp": 2}
-    made = case("random", model, base, *stages, **options, arguments={"train-iters": SHORT})
+    made = case("random", model, base, *stages, **options, arguments={"train-iters": FEWER})
     seen = ranks(4).run(train, made)[0]
-    assert_same_training(seen, references(ranks)[model], slice(0, SHORT), weights=False)
+    assert_same_training(seen, expected_of(ranks, made))
 
 
 @pytest.mark.parametrize(
@@ -96,23 +107,25 @@ def test_random_plans(ranks, base, layers, model, split):
     ["gradient_scale", "skipped_layernorm_sum", "stale_resharding", "dropped_gradient", "replicas_counted"],
 )
 def test_a_mistake_is_noticed(ranks, mistake):
-    made = case("mistaken", "modern", "tp1", MIXED, arguments={"train-iters": SHORT}, mutation=mistake)
+    made = case("mistaken", "modern", "tp1", MIXED, arguments={"train-iters": FEWER}, mutation=mistake)
+    expected = expected_of(ranks, made)
     seen = ranks(4).run(train, made)[0]
     with pytest.raises(AssertionError):
-        assert_same_training(seen, references(ranks)["modern"], slice(0, SHORT), weights=False)
+        assert_same_training(seen, expected)
 
 
 def test_losses_of_routers_that_are_not_scaled_are_noticed(ranks):
     layers = ["tp2", "tp2+megatron", "tp4+megatron", "tp1"]
     made = case(
-        "unbalanced", "experts", "tp1", layers, arguments={"train-iters": SHORT}, mutation="unscaled_balance"
+        "unbalanced", "experts", "tp1", layers, arguments={"train-iters": FEWER}, mutation="unscaled_balance"
     )
+    expected = expected_of(ranks, made)
     seen = ranks(4).run(train, made)[0]
     with pytest.raises(AssertionError):
-        assert_same_training(seen, references(ranks)["experts"], slice(0, SHORT), weights=False)
+        assert_same_training(seen, expected)
 
 
-DROPOUT = {"hidden-dropout": 0.1, "attention-dropout": 0.1, "train-iters": SHORT}
+DROPOUT = {"hidden-dropout": 0.1, "attention-dropout": 0.1, "train-iters": FEWER}
 
 
 @pytest.mark.parametrize("base", ["tp1", "tp2", "tp4+megatron"])
@@ -128,7 +141,7 @@ def test_dropout_is_megatrons_where_the_layouts_are(ranks, base):
     assert relative(mixed["losses"], stock["losses"]) < 1e-5
     assert relative(mixed["norms"], stock["norms"]) < 1e-5
     assert weight_difference(mixed["weights"], stock["weights"]) < 1e-5
-    assert relative(stock["losses"], references(ranks)["classic"]["losses"][:SHORT]) > 1e-4
+    assert relative(stock["losses"], references(ranks)["classic"]["losses"][:FEWER]) > 1e-4
 
 
 def test_a_uniform_plan_changes_no_bit(ranks):
@@ -140,7 +153,7 @@ def test_a_uniform_plan_changes_no_bit(ranks):
                 "modern",
                 "tp2 zero1",
                 ["tp2 zero1"] * 4,
-                arguments={"train-iters": SHORT},
+                arguments={"train-iters": FEWER},
                 detached=detached,
             ),
         )[0]
@@ -153,7 +166,7 @@ def test_a_uniform_plan_changes_no_bit(ranks):
 
 @pytest.mark.parametrize("words", ["tp2+megatron", "tp4", "tp2+ulysses"])
 def test_dropout_is_repeated_by_recomputation(ranks, words):
-    arguments = {"hidden-dropout": 0.1, "attention-dropout": 0.1, "train-iters": SHORT}
+    arguments = {"hidden-dropout": 0.1, "attention-dropout": 0.1, "train-iters": FEWER}
     runs = [
         ranks(4).run(
             train, case("dropout", "modern", "tp2", [words + recompute, "tp1"] * 2, arguments=arguments)
@@ -164,4 +177,4 @@ def test_dropout_is_repeated_by_recomputation(ranks, words):
         assert relative(run["losses"], runs[0]["losses"]) < 1e-6
         assert relative(run["norms"], runs[0]["norms"]) < 1e-6
     assert all(run["copies_differ"] == 0.0 for run in runs)
-    assert relative(runs[0]["losses"], references(ranks)["modern"]["losses"][:SHORT]) > 1e-4
+    assert relative(runs[0]["losses"], references(ranks)["modern"]["losses"][:FEWER]) > 1e-4

@@ -1,9 +1,7 @@
 """Plans in which DeepSpeed's ZeRO shards layers, held against one rank of stock Megatron; no torch."""
 
-from runtime_cases import case
+from runtime_cases import FEWER, case
 
-STEPS = 4
-SHORT = {"train-iters": STEPS}
 DEEPSPEED = {"late_arguments": {"galvatron_zero_backend": "deepspeed"}}
 FOUR = {"micro_batches": 4}
 """Four micro-batches per step."""
@@ -11,7 +9,7 @@ FOUR = {"micro_batches": 4}
 
 def zero_case(name, model, base, *stages, **options):
     """A short run of a plan."""
-    arguments = {**SHORT, **options.pop("arguments", {})}
+    arguments = {"train-iters": FEWER, **options.pop("arguments", {})}
     return case(name, model, base, *stages, arguments=arguments, **options)
 
 
