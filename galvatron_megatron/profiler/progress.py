@@ -1,6 +1,10 @@
-"""The progress bar of a profiling session on rank 0."""
+"""The progress bar of a profiling session on rank 0, and where its time went."""
 
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
 from typing import Any
 
 from rich.console import Console
@@ -11,17 +15,27 @@ from rich.progress import Progress as RichProgress
 class Progress:
     """Shows how far the measurements are and the time that is left; silent on other ranks.
 
-    Where the output is no terminal it prints a line now and then instead of a moving bar.
+    Where the output is no terminal it prints a line now and then instead of a moving bar. At the end it says how
+    long the phases took, where anything was measured.
+
+    Args:
+        show: print at all.
+        console: where to; the standard error stream by default.
     """
 
-    def __init__(self, *, show: bool) -> None:
+    def __init__(self, *, show: bool, console: Console | None = None) -> None:
         self._show = show
-        self._console = Console(file=sys.stderr)
+        self._console = console or Console(file=sys.stderr)
         self._bar: RichProgress | None = None
         self._task: Any = None
         self._done = 0
         self._total = 0
+        self._begun = 0.0
         self._text = ""
+        self.seconds: dict[str, float] = defaultdict(float)
+        """Seconds by phase; a phase inside another one counts for itself alone."""
+        self._phase = "start"
+        self._since = self._started = perf_counter()
 
     def __enter__(self) -> "Progress":
         return self
@@ -29,10 +43,30 @@ class Progress:
     def __exit__(self, *exc: Any) -> None:
         if self._bar is not None:
             self._bar.stop()
+        self._enter("")
+        if self._total and exc[0] is None:
+            phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+            self.note(f"profiled in {perf_counter() - self._started:.1f} s: {phases}")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Counts the time spent inside for a phase, and no longer for the one around it."""
+        around = self._enter(name)
+        try:
+            yield
+        finally:
+            self._enter(around)
+
+    def _enter(self, name: str) -> str:
+        before, now = self._phase, perf_counter()
+        self.seconds[before] += now - self._since
+        self._phase, self._since = name, now
+        return before
 
     def start(self, total: int) -> None:
         """Tells how many measurements there are to make."""
         self._total = total
+        self._begun = perf_counter()
         if not self._show or not total:
             return
         if self._console.is_terminal:
@@ -63,8 +97,11 @@ class Progress:
         if self._bar is not None:
             self._bar.advance(self._task, count)
         elif self._show and self._total and self._done * 4 // self._total > before * 4 // self._total:
+            left = (perf_counter() - self._begun) * (self._total - self._done) / self._done
             self._console.print(
-                f"profiling: {self._done} of {self._total} done, {self._text}", highlight=False, soft_wrap=True
+                f"profiling: {self._done} of {self._total} done, about {left:.0f} s left, {self._text}",
+                highlight=False,
+                soft_wrap=True,
             )
 
     def note(self, text: str) -> None:

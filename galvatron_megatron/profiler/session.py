@@ -153,9 +153,11 @@ def profile_live_ranks(
         with Progress(show=show and dist.get_rank() == 0) as progress:
             if note:
                 progress.note(note)
+            run.progress = progress
             if not run.profile.speeds:
-                run.keep(speeds=measure_speeds(facts))
-            run.measure(progress)
+                with progress.phase("device speed"):
+                    run.keep(speeds=measure_speeds(facts))
+            run.measure()
     return run.profile, cluster_from_ranks(run.profile, memory_gb=memory_gb)
 
 
@@ -212,6 +214,7 @@ class _Run:
         self.profile = profile
         self.seconds_per_point = 0.25
         self.nodes: list[str] = []
+        self.progress = Progress(show=False)
         self._world = profile.provenance.world_size
 
     def stored_text(self, again: bool) -> tuple[str, str]:
@@ -280,31 +283,36 @@ class _Run:
                     builds.extend(Build(layers=layers, tp=tp, zero=zero, **plain) for tp in self.needs.tps)
         return builds
 
-    def measure(self, progress: Progress) -> None:
+    def measure(self) -> None:
         """Measures everything that is missing and stores it piece by piece."""
-        curves, builds = self.missing_curves(), self.missing_builds()
-        overlaps = self.missing_overlaps()
+        curves, overlaps, builds = self.missing_curves(), self.missing_overlaps(), self.missing_builds()
+        progress = self.progress
         progress.start(len(curves) + len(overlaps) + sum(len(b.settings) + b.step for b in builds))
-        for collective, shape, contention in curves:
-            progress.at(f"{collective} over {shape.ranks} ranks, stride {shape.stride}")
-            nodes = nodes_of_group(shape.ranks, shape.stride, self.profile.provenance.ranks_per_node)
-            curve, by_rank = measure_curve(
-                collective,
-                shape,
-                largest_bytes=self._largest_bytes(collective),
-                nodes=nodes,
-                contention=contention,
-            )
-            what = f"{collective} over {shape.ranks} ranks, stride {shape.stride}"
-            self.keep(collectives=(curve,), notes=self._stragglers(what, by_rank) if contention else ())
-            progress.advance()
-        for collective in overlaps:
-            progress.at(f"overlap of {collective} and computation")
-            self.keep(overlaps=(measure_overlap(collective, LEAST_LARGEST_BYTES),))
-            progress.advance()
-        for item in builds:
-            progress.at(str(item))
-            self._measure_build(item, progress)
+        with progress.phase("links"):
+            for collective, shape, contention in curves:
+                self._measure_curve(collective, shape, contention)
+        with progress.phase("overlap"):
+            for collective in overlaps:
+                progress.at(f"overlap of {collective} and computation")
+                self.keep(overlaps=(measure_overlap(collective, LEAST_LARGEST_BYTES),))
+                progress.advance()
+        with progress.phase("building models"):
+            for item in builds:
+                progress.at(str(item))
+                self._measure_build(item)
+
+    def _measure_curve(self, collective: str, shape: GroupShape, contention: bool) -> None:
+        what = f"{collective} over {shape.ranks} ranks, stride {shape.stride}"
+        self.progress.at(what)
+        curve, by_rank = measure_curve(
+            collective,
+            shape,
+            largest_bytes=self._largest_bytes(collective),
+            nodes=nodes_of_group(shape.ranks, shape.stride, self.profile.provenance.ranks_per_node),
+            contention=contention,
+        )
+        self.keep(collectives=(curve,), notes=self._stragglers(what, by_rank) if contention else ())
+        self.progress.advance()
 
     def _largest_bytes(self, collective: str) -> int:
         tokens = self.needs.micro_batch_sizes[-1] * self.model.seq_length
@@ -316,7 +324,8 @@ class _Run:
         wanted = activation if collective in ("send", "broadcast") else max(activation, weights)
         return min(max(wanted, LEAST_LARGEST_BYTES), LARGEST_CPU_BYTES if on_cpu() else LARGEST_GPU_BYTES)
 
-    def _measure_build(self, item: Build, progress: Progress) -> None:
+    def _measure_build(self, item: Build) -> None:
+        progress = self.progress
         name = layer_digest(item.layer)
         try:
             made = arguments_for(
@@ -358,15 +367,17 @@ class _Run:
                 )
                 for recompute, size in item.settings
             ]
-            for index in range(ROUNDS):
-                for measurement in measurements:
-                    self.keep(parts=tuple(measurement.round(self.seconds_per_point / ROUNDS)))
-                    progress.advance(index == ROUNDS - 1)
+            with progress.phase("layers"):
+                for index in range(ROUNDS):
+                    for measurement in measurements:
+                        self.keep(parts=tuple(measurement.round(self.seconds_per_point / ROUNDS)))
+                        progress.advance(index == ROUNDS - 1)
             if item.tp == 1 and measurements:
                 # Without tensor parallelism no rank waits for another one.
                 self.keep(notes=self._stragglers("computing layers", measurements[-1].by_rank))
             if item.step:
-                self.keep(steps=(measure_step(few, zero=item.zero),))
+                with progress.phase("optimizer"):
+                    self.keep(steps=(measure_step(few, zero=item.zero),))
                 progress.advance()
 
     def _stragglers(self, what: str, by_rank: list[float]) -> tuple[str, ...]:
@@ -394,4 +405,5 @@ class _Run:
         place = self.profile.provenance
         new = Profile(provenance=replace(place, created=place.created or now, updated=now), **found)
         self.profile = replace(self.profile, provenance=new.provenance).merged(new)
-        on_rank_zero(lambda: write_profile(self.directory, new) and None)
+        with self.progress.phase("storing"):
+            on_rank_zero(lambda: write_profile(self.directory, new) and None)
