@@ -165,7 +165,7 @@ def _check_expressible(plan: Plan, sharding_by_runtime: bool) -> None:
             if strategy.offload is not Offload.NONE:
                 raise PlanError(
                     f"{where}: offload {strategy.offload.value} has no Megatron argument; valid: offload none, "
-                    "or galvatron export --deepspeed FILE for DeepSpeed's own engine"
+                    "train with --galvatron-plan FILE, or galvatron export --deepspeed FILE for DeepSpeed's engine"
                 )
     if base.sequence_parallel is SequenceParallel.ULYSSES and base.cp > 1:
         raise PlanError(

@@ -59,12 +59,12 @@ def _expert_problem(where: str, strategy: Strategy) -> str | None:
         return f"{where}.sequence_parallel: none with tp {strategy.tp} and experts; valid: megatron, ulysses"
     if strategy.zero > 1:
         return f"{where}.zero: {strategy.zero} with experts; valid: 0, 1"
+    if strategy.offload is not Offload.NONE:
+        return f"{where}.offload: {strategy.offload.value} with experts; valid: none"
     return None
 
 
 def _strategy_problem(where: str, strategy: Strategy) -> str | None:
-    if strategy.offload is not Offload.NONE:
-        return f"{where}.offload: {strategy.offload.value}; valid: none (galvatron export --deepspeed keeps it)"
     if strategy.zero > HIGHEST_ZERO:
         return f"{where}.zero: {strategy.zero}; valid: 0 to {HIGHEST_ZERO}"
     if strategy.cp > 1 and strategy.sequence_parallel is SequenceParallel.ULYSSES:

@@ -237,6 +237,9 @@ def _take_settings(optimizer: MegatronOptimizer, settings: dict[str, Any]) -> No
     if isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
         for state in inner.state.values():
             state["step"] = torch.tensor(float(settings["step"]), dtype=torch.float32)
+    elif isinstance(optimizer, ZeroOptimizer) and optimizer.engine.offloads:
+        for state in inner.state.values():
+            state["step"] = int(settings["step"])
     scaler = getattr(optimizer, "grad_scaler", None)
     if scaler is not None and "grad_scaler" in settings:
         scaler.load_state_dict(settings["grad_scaler"])

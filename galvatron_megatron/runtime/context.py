@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import LayerPlan, Plan
-from galvatron_megatron.plan.strategy import SequenceParallel, Strategy
+from galvatron_megatron.plan.strategy import Offload, SequenceParallel, Strategy
 from galvatron_megatron.runtime.groups import (
     GroupRegistry,
     block_sets,
@@ -40,11 +40,13 @@ class StateClass:
     """ZeRO stage of gradients and optimizer states."""
     expert_shards: int | None = None
     """In how many of these parts tensor parallelism splits one expert; None where no experts are shared out."""
+    offload: Offload = Offload.NONE
+    """What of them lies in host memory."""
 
     @classmethod
     def of(cls, strategy: Strategy) -> "StateClass":
         """The class of a layer's parameters."""
-        return cls(weight_shards=strategy.weight_shards, zero=strategy.zero)
+        return cls(weight_shards=strategy.weight_shards, zero=strategy.zero, offload=strategy.offload)
 
     @classmethod
     def of_experts(cls, strategy: Strategy) -> "StateClass":

@@ -299,7 +299,7 @@ def _build_part(
     """What reduces one class of a chunk's gradients, with the gradient scale of the base layout."""
     own = class_ddp_config(ddp_config, state_class)
     groups = runtime.collection(state_class)
-    if is_deepspeed(state_class.zero, runtime.zero_backend):
+    if is_deepspeed(state_class, runtime.zero_backend):
         return ZeroPart(module, parameters, groups, own, scale)
     options = {}
     if own.use_distributed_optimizer:

@@ -36,7 +36,7 @@ def build_optimizer(
     counted: list[bool] = []
     scaler = _grad_scaler(config)
     for state_class in runtime.state_classes:
-        if is_deepspeed(state_class.zero, runtime.zero_backend):
+        if is_deepspeed(state_class, runtime.zero_backend):
             sharded = build_zero_optimizers(config, model_chunks, config_overrides, state_class, scaler)
             optimizers += sharded
             counted += [True] * len(sharded)

@@ -9,8 +9,9 @@ from galvatron_megatron.errors import UnsupportedPlanError
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.runnable import execution_problem
-from galvatron_megatron.plan.strategy import SequenceParallel
+from galvatron_megatron.plan.strategy import Offload, SequenceParallel
 from galvatron_megatron.runtime.zero import is_left_to_megatron, uses_deepspeed, zero_backend
+from galvatron_megatron.runtime.zero_offload import missing_to_step_on_host
 
 SUPPORTED_MEGATRON = ("0.19",)
 """Release series of megatron-core whose seams the hooks were tested with."""
@@ -135,6 +136,12 @@ def _check_deepspeed(plan: Plan, args: Any) -> None:
     if zero_backend(args) == "deepspeed" and any(layer.kind.has_experts for layer in plan.layers):
         raise UnsupportedPlanError(
             "--galvatron-zero-backend: deepspeed, and layers with experts; valid with experts: megatron"
+        )
+    strategies = (plan.base, *plan.strategies)
+    if any(s.offload is not Offload.NONE for s in strategies) and (missing := missing_to_step_on_host()):
+        raise UnsupportedPlanError(
+            f"plan offload: no {missing} here, with which DeepSpeed compiles the optimizer for hosts; "
+            f"valid: install {missing}, or offload none"
         )
     if getattr(args, "check_for_large_grads", False):
         raise UnsupportedPlanError(

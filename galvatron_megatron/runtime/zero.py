@@ -1,7 +1,8 @@
 """Which parameters DeepSpeed's ZeRO shards, and its place in the facade over a model chunk's gradients.
 
 Without sharding, and for ZeRO 1 unless asked otherwise, Megatron's own data parallelism and optimizers are
-used. ZeRO 2 and 3 are DeepSpeed's, one engine per class of parameters and model chunk.
+used. ZeRO 2 and 3, and whatever keeps states in host memory, are DeepSpeed's, one engine per class of
+parameters and model chunk.
 """
 
 import os
@@ -17,8 +18,10 @@ from galvatron_megatron.errors import UnsupportedPlanError
 from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.runnable import ZERO_BACKENDS
+from galvatron_megatron.plan.strategy import Offload, Strategy
 
 if TYPE_CHECKING:
+    from galvatron_megatron.runtime.context import StateClass
     from galvatron_megatron.runtime.zero_engines import ShardedParametersEngine, ShardedStatesEngine
 
     Engine = ShardedStatesEngine | ShardedParametersEngine
@@ -41,14 +44,16 @@ def zero_backend(args: Any) -> str:
     return backend
 
 
-def is_deepspeed(zero: int, backend: str) -> bool:
-    """Whether DeepSpeed runs a ZeRO stage.
+def is_deepspeed(states: "Strategy | StateClass", backend: str) -> bool:
+    """Whether DeepSpeed shards some states: those of ZeRO 2 and 3, and all that lie in host memory.
 
     Args:
-        zero: the stage.
-        backend: who runs stage 1.
+        states: how they are kept.
+        backend: who runs stage 1 of states on the device.
     """
-    return zero > 1 or (zero == 1 and backend == "deepspeed")
+    if states.offload is not Offload.NONE:
+        return True
+    return states.zero > 1 or (states.zero == 1 and backend == "deepspeed")
 
 
 def uses_deepspeed(plan: Plan, args: Any) -> bool:
@@ -59,7 +64,7 @@ def uses_deepspeed(plan: Plan, args: Any) -> bool:
         args: Megatron's arguments.
     """
     backend = zero_backend(args)
-    return any(is_deepspeed(strategy.zero, backend) for strategy in (plan.base, *plan.strategies))
+    return any(is_deepspeed(strategy, backend) for strategy in (plan.base, *plan.strategies))
 
 
 def is_left_to_megatron(plan: Plan, args: Any) -> bool:

@@ -16,10 +16,17 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.comm import comm as deepspeed_comm
+from deepspeed.runtime.zero.offload_config import (
+    DeepSpeedZeroOffloadOptimizerConfig,
+    DeepSpeedZeroOffloadParamConfig,
+    OffloadDeviceEnum,
+)
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils.timer import NoopTimer
+
+from galvatron_megatron.plan.strategy import Offload
 
 _EVEN_BUCKET = 2
 """DeepSpeed wants all-gather buckets that are a multiple of two elements."""
@@ -53,6 +60,24 @@ class EngineOptions:
     """In which they are reduced."""
     bucket_elements: int
     """Elements that are reduced, or gathered, at once."""
+    offload: Offload = Offload.NONE
+    """What lies in host memory: the host then steps; gradients stay on the device until it does."""
+    pinned: bool = False
+    """Host memory is page-locked, for copies to and from a device of its own memory."""
+
+    @property
+    def host_optimizer(self) -> DeepSpeedZeroOffloadOptimizerConfig | None:
+        """DeepSpeed's settings for optimizer states in host memory."""
+        if self.offload is Offload.NONE:
+            return None
+        return DeepSpeedZeroOffloadOptimizerConfig(device=OffloadDeviceEnum.cpu, pin_memory=self.pinned)
+
+    @property
+    def host_parameters(self) -> DeepSpeedZeroOffloadParamConfig | None:
+        """DeepSpeed's settings for weights in host memory."""
+        if self.offload is not Offload.PARAMETERS:
+            return None
+        return DeepSpeedZeroOffloadParamConfig(device=OffloadDeviceEnum.cpu, pin_memory=self.pinned)
 
 
 def connect() -> None:
@@ -79,6 +104,9 @@ class _Common:
 
     def apply(self) -> None:
         """Steps with the gradients as they are and brings the new weights to all ranks."""
+        if self.offloads:
+            for index, main in enumerate(self.partitions):
+                main.grad.copy_(self.gradient(index))
         self.step()
 
     def reload(self) -> None:
@@ -110,18 +138,24 @@ class ShardedStatesEngine(_Common, DeepSpeedZeroOptimizer):
             partition_grads=stage == 2,
             gradient_average=False,
             clip_grad=0.0,
-            compute_grad_norm=False,
+            offload_optimizer_config=options.host_optimizer,
+            compute_grad_norm=options.offload is not Offload.NONE,
             check_grad_overflow=False,
             gradient_accumulation_dtype=options.gradient_dtype,
             communication_data_type=options.communication_dtype,
             reduce_bucket_size=options.bucket_elements,
             allgather_bucket_size=options.bucket_elements // _EVEN_BUCKET * _EVEN_BUCKET or _EVEN_BUCKET,
         )
+        self.offloads = options.offload is not Offload.NONE
         rank = dist.get_rank(options.group)
-        for weights, main in zip(
-            self.parallel_partitioned_bit16_groups, self.single_partition_of_fp32_groups, strict=True
-        ):
-            _share_storage(weights[rank], main)
+        if self.offloads:
+            # For gradients that DeepSpeed adds up on the host; here they are added up on the device.
+            self.temp_grad_buffer_for_cpu_offload = self.temp_grad_buffer_for_gpu_offload = None
+        else:
+            for weights, main in zip(
+                self.parallel_partitioned_bit16_groups, self.single_partition_of_fp32_groups, strict=True
+            ):
+                _share_storage(weights[rank], main)
         self.pieces = tuple(self._find_pieces())
 
     def _find_pieces(self) -> Iterator[Piece]:
@@ -138,6 +172,15 @@ class ShardedStatesEngine(_Common, DeepSpeedZeroOptimizer):
     def _use_compact_grad_partition_buffer(self, group_idx: int) -> bool:
         """Always: otherwise fp32 gradients of all parameters that touch the partition are kept whole."""
         return True
+
+    def copy_grads_in_partition(self, param: torch.nn.Parameter, group_idx: int | None = None) -> None:
+        """Nothing to copy: the buffer of the partition has it; DeepSpeed would offload it piece by piece."""
+        if self.use_grad_accum_attribute:
+            self.clear_grad_attribute(param)
+
+    def scaled_global_norm(self, norm_type: int = 2) -> torch.Tensor:
+        """Clipping is done before the step; DeepSpeed, which offloads only with a norm, wants a finite one."""
+        return torch.ones(())
 
     @property
     def partitions(self) -> list[torch.Tensor]:
@@ -167,6 +210,8 @@ class ShardedStatesEngine(_Common, DeepSpeedZeroOptimizer):
             self.setup_buckets()
             self.reduce_gradients()
         self.finalize_gradient_accumulation_boundary()
+        for index in range(len(self.bit16_groups)):
+            self._get_compact_grad_partition_buffer(index)  # there, whether anything was added to it or not
 
     def forget_gradients(self) -> None:
         """Before the first micro-batch of a step."""
@@ -208,6 +253,9 @@ class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
                 ds_config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}},
                 verbose=False,
                 dp_process_group=options.group,
+                offload_optimizer_config=options.host_optimizer,
+                offload_param_config=options.host_parameters,
+                offload_ratio=1.0,  # of the optimizer states: all of them, where any are offloaded
                 clip_grad=0.0,
                 gradient_accumulation_dtype=options.gradient_dtype,
                 communication_data_type=options.communication_dtype,
@@ -219,10 +267,14 @@ class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
             )
         for module, parameter in borrowers:
             deepspeed.zero.register_external_parameter(module, parameter)
-        for weights, main in zip(
-            self.fp16_partitioned_groups_flat, self.fp32_partitioned_groups_flat, strict=True
-        ):
-            _share_storage(weights, main)
+        self.offloads = options.offload is not Offload.NONE
+        if self.offloads:
+            self._accumulate_on_device()
+        if options.offload is not Offload.OPTIMIZER:
+            for weights, main in zip(
+                self.fp16_partitioned_groups_flat, self.fp32_partitioned_groups_flat, strict=True
+            ):
+                _share_storage(weights, main)
         self.pieces = tuple(self._find_pieces())
 
     def _find_pieces(self) -> Iterator[Piece]:
@@ -235,6 +287,16 @@ class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
                 if length > 0:
                     yield Piece(parameter=parameter, start=start, length=length, partition=index, offset=offset)
                 offset += part
+
+    def _accumulate_on_device(self) -> None:
+        """Keeps gradient shards on the device until the step, which saves two copies per micro-batch."""
+        on_host = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        device = deepspeed.accelerator.get_accelerator().current_device_name()
+        self.grad_partitions_flat_buffer = torch.zeros_like(self.grad_partitions_flat_buffer, device=device)
+        offset = 0
+        for number, part in on_host.items():
+            on_host[number] = self.grad_partitions_flat_buffer.narrow(0, offset, part.numel())
+            offset += part.numel()
 
     def _gradient_averaging_world_size(self, params: list[Any], partition_world_size: int) -> int:
         """One: gradients are summed; the loss is normalised by the whole batch."""

@@ -14,7 +14,9 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import copy_tensor_model_parallel_attributes
 from megatron.core.utils import unwrap_model
 
+from galvatron_megatron.plan.strategy import Offload
 from galvatron_megatron.runtime.zero import ZeroPart, import_engines
+from galvatron_megatron.runtime.zero_offload import first_step, host_optimizer
 from galvatron_megatron.runtime.zero_whole import let_checkpoints_see_whole_parameters
 
 STATES = ("exp_avg", "exp_avg_sq")
@@ -41,8 +43,14 @@ class ZeroOptimizer(MegatronOptimizer):
         self._shards = [] if engine is None else [self._shard(piece) for piece in engine.pieces]
 
     def _shard(self, piece: Any) -> torch.Tensor:
-        """A stretch of main weights that counts, in norms, as its parameter does."""
-        shard = self._stretch(self.engine.partitions[piece.partition].detach(), piece)
+        """A stretch of main weights that counts, in norms, as its parameter does.
+
+        Megatron looks at its gradient alone. It is on the device: main weights in host memory cannot carry it.
+        """
+        if self.engine.offloads:
+            shard = torch.zeros((), device="cuda").expand(piece.length)
+        else:
+            shard = self._stretch(self.engine.partitions[piece.partition].detach(), piece)
         copy_tensor_model_parallel_attributes(shard, piece.parameter)
         if hasattr(piece.parameter, "shared"):
             shard.shared = piece.parameter.shared
@@ -119,8 +127,8 @@ class ZeroOptimizer(MegatronOptimizer):
             for key in STATES:
                 if key not in state:
                     state[key] = torch.zeros_like(partition, requires_grad=False)
-            if isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW):
-                state.setdefault("step", torch.tensor(0.0, dtype=torch.float32))
+            if (step := first_step(self.optimizer)) is not None:
+                state.setdefault("step", step)
 
     def _named(self, key: str) -> list[torch.Tensor]:
         """Flat tensors of this rank by partition: ``param`` for main weights, else a state."""
@@ -187,7 +195,7 @@ def build_zero_optimizers(
         tied = {id(parameter) for parameter in part.tied}
         for shared in (False, True):
             wanted = [p for p in part.parameters if (id(p) in tied) is shared]
-            engine = _engine(engines, config, chunk, part, wanted, overrides, state_class.zero)
+            engine = _engine(engines, config, chunk, part, wanted, overrides, state_class)
             if engine is not None:
                 part.engines.append(engine)
             found.append(ZeroOptimizer(engine, config, part, grad_scaler))
@@ -201,7 +209,7 @@ def _engine(
     part: ZeroPart,
     parameters: list[torch.nn.Parameter],
     overrides: Any,
-    zero: int,
+    state_class: Any,
 ) -> Any:
     """An engine for some parameters, or None for none; a collective call either way."""
     from galvatron_megatron.runtime.data_parallel import ParameterView
@@ -213,6 +221,9 @@ def _engine(
     optimizer, _ = _get_megatron_optimizer_based_on_param_groups(
         config, [view], param_groups, skip_megatron_wrapping=True
     )
+    on_cpu_ranks = parameters[0].device.type == "cpu"
+    if state_class.offload is not Offload.NONE and not on_cpu_ranks:
+        optimizer = host_optimizer(optimizer.param_groups, config)
     dtype = parameters[0].dtype
     in_fp32 = part.ddp_config.grad_reduce_in_fp32
     options = engines.EngineOptions(
@@ -220,10 +231,12 @@ def _engine(
         gradient_dtype=torch.float32,
         communication_dtype=torch.float32 if in_fp32 else dtype,
         bucket_elements=_bucket_elements(part, parameters),
+        offload=state_class.offload,
+        pinned=not on_cpu_ranks,
     )
     names = {parameter: name for name, parameter in view.named_parameters()}
-    if zero < 3:
-        return engines.ShardedStatesEngine(optimizer, names, zero, options)
+    if state_class.zero < 3:
+        return engines.ShardedStatesEngine(optimizer, names, state_class.zero, options)
     model = unwrap_model(chunk)
     engine = engines.ShardedParametersEngine(
         optimizer, names, _owning_modules(model, parameters), _borrowing_modules(model, parameters), options

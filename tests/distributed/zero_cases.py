@@ -75,6 +75,18 @@ FLAT = (
     zero_case(
         "hybrid-2", "hybrid", "tp2 zero2", ["tp2 zero2", "tp4 zero2", "tp2+megatron zero3", "tp2"], **FOUR
     ),
+    zero_case(
+        "offload",
+        "modern",
+        "tp2 zero1 offload-optimizer",
+        [
+            "tp2 zero3 offload-parameters recompute-full",
+            "tp4 zero2 offload-optimizer",
+            "tp2+megatron zero3 offload-optimizer",
+            "tp2 zero1 offload-optimizer",
+        ],
+        **FOUR,
+    ),
     zero_case("hybrid-3", "hybrid", "tp1 zero3", ["tp1 zero3", "tp2 zero3", "tp1", "tp2 zero2"]),
 )
 PIPELINES = (
@@ -112,6 +124,15 @@ PIPELINES = (
         **FOUR,
     ),
     zero_case(
+        "pipeline-tied-offload",
+        "classic",
+        "tp1 zero3 offload-parameters",
+        ["tp2+megatron zero2 offload-optimizer", "tp1 zero3"],
+        ["tp1 zero1", "tp2 zero3 offload-optimizer"],
+        pp=2,
+        **FOUR,
+    ),
+    zero_case(
         "interleaved-2",
         "modern",
         "tp1 zero2",
@@ -132,6 +153,12 @@ PIPELINES = (
 )
 PLANS = FLAT + PIPELINES
 HALF = (
+    case(
+        "fp16-offload",
+        "fp16",
+        "tp4 zero2 offload-optimizer",
+        ["tp2 zero3 offload-parameters", "tp1", "tp4", "tp2"],
+    ),
     case("bf16-2-3", "bf16", "tp1 zero2", ["tp1 zero2", "tp2 zero3", "tp4", "tp2+megatron zero2"]),
     case("fp16-2-3", "fp16", "tp4 zero2", ["tp4+megatron zero3", "tp1", "tp4+megatron zero2", "tp2 zero3"]),
 )

@@ -25,6 +25,8 @@ def _plan(*strategies: Strategy, base: Strategy = PLAIN, kind: LayerKind = Layer
         _plan(PLAIN, Strategy(tp=4, sequence_parallel=SequenceParallel.ULYSSES, dp=2, zero=1)),
         _plan(PLAIN, PLAIN, kind=LayerKind.MAMBA),
         _plan(PLAIN, replace(PLAIN, zero=2)),
+        _plan(PLAIN, replace(PLAIN, zero=1, offload=Offload.OPTIMIZER)),
+        _plan(PLAIN, base=replace(PLAIN, zero=3, offload=Offload.PARAMETERS)),
         _plan(replace(PLAIN, zero=3), base=replace(PLAIN, zero=3)),
         _plan(Strategy(tp=2, cp=2, dp=2), base=Strategy(tp=2, cp=2, dp=2)),
     ],
@@ -37,12 +39,8 @@ def test_what_can_be_executed(plan):
     ("plan", "problem"),
     [
         (
-            _plan(PLAIN, replace(PLAIN, zero=1, offload=Offload.OPTIMIZER)),
-            "plan layer 1.offload: optimizer; valid: none (galvatron export --deepspeed keeps it)",
-        ),
-        (
-            _plan(replace(PLAIN, zero=1), base=replace(PLAIN, zero=1, offload=Offload.OPTIMIZER)),
-            "plan.base.offload: optimizer; valid: none (galvatron export --deepspeed keeps it)",
+            _plan(Strategy(dp=8), Strategy(dp=8, zero=1, offload=Offload.OPTIMIZER), kind=LayerKind.MOE),
+            "plan layer 1.offload: optimizer with experts; valid: none",
         ),
         (
             _plan(PLAIN, Strategy(tp=2, sequence_parallel=SequenceParallel.ULYSSES, cp=2, dp=2)),

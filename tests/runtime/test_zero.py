@@ -5,16 +5,25 @@ from argparse import Namespace
 import pytest
 import torch
 
+from galvatron_megatron.plan.strategy import Offload, Strategy
+from galvatron_megatron.runtime.context import StateClass
 from galvatron_megatron.runtime.zero import is_deepspeed, zero_backend
 from galvatron_megatron.runtime.zero_optimizer import _borrowing_modules, _owning_modules
 
 
 @pytest.mark.parametrize(
-    ("zero", "backend", "expected"),
-    [(0, "deepspeed", False), (1, "megatron", False), (1, "deepspeed", True), (2, "megatron", True)],
+    ("strategy", "backend", "expected"),
+    [
+        (Strategy(), "deepspeed", False),
+        (Strategy(zero=1), "megatron", False),
+        (Strategy(zero=1), "deepspeed", True),
+        (Strategy(zero=2), "megatron", True),
+        (Strategy(zero=1, offload=Offload.OPTIMIZER), "megatron", True),
+    ],
 )
-def test_stage_1_is_whose_the_flag_says(zero, backend, expected):
-    assert is_deepspeed(zero, backend) is expected
+def test_stage_1_is_whose_the_flag_says_and_the_host_is_deepspeeds(strategy, backend, expected):
+    assert is_deepspeed(strategy, backend) is expected
+    assert is_deepspeed(StateClass.of(strategy), backend) is expected
 
 
 def test_megatron_shards_optimizer_states_by_default():
