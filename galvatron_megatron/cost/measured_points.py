@@ -2,9 +2,10 @@
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from operator import attrgetter
 
 import numpy as np
 
@@ -52,7 +53,7 @@ class PartTable:
 
         Between two measured micro-batch sizes every number lies on the line through them; above the largest
         it goes on along the last line (through the origin where there is one point only). Recomputation is
-        measured at fewer sizes: between them, what it adds to the measured time without it lies on the line.
+        measured at fewer sizes: what it adds to the time without it lies on the line through them.
 
         Returns:
             The cost, or the reason why there is none: Megatron's refusal, ``out of memory`` (also for all
@@ -65,42 +66,48 @@ class PartTable:
         points = self._points[key]
         if not points:
             return NOT_MEASURED
-        sizes = [point.micro_batch_size for point in points]
-        last = points[-1]
-        index = min(max(bisect_left(sizes, micro_batch_size), 1), len(points) - 1)
-        before = points[index - 1] if len(points) > 1 else None
-        after = points[index] if before is not None else last
-        start = before.micro_batch_size if before is not None else 0
-        share = (micro_batch_size - start) / (after.micro_batch_size - start)
+        plain = self._points[part, tp, kind.value, Recompute.NONE.value]
 
-        def at(name: str) -> float:
-            low = getattr(before, name) if before is not None else 0.0
-            return max(low + share * (getattr(after, name) - low), 0.0)
+        def time(name: str) -> float:
+            if recompute is Recompute.NONE or not plain:
+                return _read(points, micro_batch_size, attrgetter(name))
+            added = _read(
+                points,
+                micro_batch_size,
+                lambda point: getattr(point, name) - _read(plain, point.micro_batch_size, attrgetter(name)),
+            )
+            return added + _read(plain, micro_batch_size, attrgetter(name))
 
-        inside = sizes[0] <= micro_batch_size <= sizes[-1]
-        plain = {
-            point.micro_batch_size: point
-            for point in self._points[part, tp, kind.value, Recompute.NONE.value]
-            if before is not None and recompute is not Recompute.NONE
+        inside = points[0].micro_batch_size <= micro_batch_size <= points[-1].micro_batch_size
+        held = {
+            name: round(max(_read(points, micro_batch_size, attrgetter(name)), 0.0))
+            for name in ("activation_bytes", "transient_bytes")
         }
-
-        def time_at(name: str) -> float:
-            here = plain.get(micro_batch_size)
-            low, high = (plain.get(point.micro_batch_size) if point else None for point in (before, after))
-            if not inside or here is None or low is None or high is None:
-                return at(name)
-            straight = getattr(low, name) + share * (getattr(high, name) - getattr(low, name))
-            return max(at(name) + getattr(here, name) - straight, 0.0)
-
         return PartCost(
-            forward_seconds=time_at("forward_seconds"),
-            backward_seconds=time_at("backward_seconds"),
-            activation_bytes=round(at("activation_bytes")),
-            transient_bytes=round(at("transient_bytes")),
-            parameters=last.parameters,
-            tensors=last.tensors,
+            forward_seconds=max(time("forward_seconds"), 0.0),
+            backward_seconds=max(time("backward_seconds"), 0.0),
+            parameters=points[-1].parameters,
+            tensors=points[-1].tensors,
             source="measured" if inside else "modelled",
+            **held,
         )
+
+
+def _read(points: Sequence[PartPoint], size: int, value: Callable[[PartPoint], float]) -> float:
+    """A value at a micro-batch size, on the lines through the points; the last line goes on above them.
+
+    Args:
+        points: by rising size; of a single one the line goes through the origin.
+        size: samples.
+        value: what to read off a point.
+    """
+    if len(points) == 1:
+        return value(points[0]) * size / points[0].micro_batch_size
+    sizes = [point.micro_batch_size for point in points]
+    index = min(max(bisect_left(sizes, size), 1), len(points) - 1)
+    low, high = value(points[index - 1]), value(points[index])
+    share = (size - sizes[index - 1]) / (sizes[index] - sizes[index - 1])
+    return low + share * (high - low)
 
 
 class CurveTable:

@@ -1,6 +1,7 @@
 """Measures collectives over the group shapes that a plan can use."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -44,11 +45,13 @@ def divisors(number: int) -> list[int]:
 
 
 def shapes_of_plans(world_size: int, tps: Iterable[int]) -> dict[str, set[GroupShape]]:
-    """Group shapes that uniform plans use, by collective.
+    """Group shapes that plans use, by collective.
 
-    Tensor parallelism uses consecutive ranks; data parallelism ranks tp apart; a pipeline sends between ranks
-    world / pp apart.
+    Tensor parallelism uses consecutive ranks; data parallelism, and experts exchanged within it, ranks tp
+    apart; a pipeline sends between ranks world / pp apart. Data is handed out within tp groups, weights over
+    all replicas.
     """
+    tps = list(tps)
     tensor = {GroupShape(ranks=tp, stride=1) for tp in tps if tp > 1}
     data = {
         GroupShape(ranks=dp, stride=tp)
@@ -57,6 +60,7 @@ def shapes_of_plans(world_size: int, tps: Iterable[int]) -> dict[str, set[GroupS
         for dp in divisors(world_size // tp)
         if dp > 1
     }
+    widest = {shape for shape in data if shape.ranks * shape.stride == world_size}
     # Two ranks, the first and last stage, reduce the gradient of a tied embedding.
     tied = {GroupShape(ranks=2, stride=world_size // 2)} if world_size % 2 == 0 else set()
     send = {
@@ -66,9 +70,49 @@ def shapes_of_plans(world_size: int, tps: Iterable[int]) -> dict[str, set[GroupS
         "all_reduce": tensor | data | tied,
         "all_gather": tensor | data,
         "reduce_scatter": tensor | data,
-        "broadcast": tensor,
+        "all_to_all": tensor | data,
+        "broadcast": tensor | widest,
         "send": send,
     }
+
+
+def message_sizes(largest_bytes: int, *, contention: bool) -> list[int]:
+    """Message sizes of one curve, from 1 KB up to the largest; of a group alone every second one of them.
+
+    Plans are priced with all sibling groups at work; a group alone only shows what groups take from each other.
+    """
+    growth = GROWTH if contention else GROWTH**2
+    sizes = [SMALLEST_BYTES]
+    while sizes[-1] * growth < largest_bytes:
+        sizes.append(sizes[-1] * growth)
+    return [*sizes, largest_bytes] if largest_bytes > SMALLEST_BYTES else sizes
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Siblings:
+    """The process groups of one shape on the live ranks."""
+
+    shape: GroupShape
+    handle: dist.ProcessGroup
+    """The group that this rank is in."""
+    first: bool
+    """This rank is in the group that is measured alone."""
+
+
+@contextmanager
+def siblings_of(shape: GroupShape) -> Iterator[Siblings]:
+    """Makes the groups of a shape for a while; every rank of the job calls this."""
+    rank = dist.get_rank()
+    groups = shape.groups(dist.get_world_size())
+    index = next(index for index, ranks in enumerate(groups) if rank in ranks)
+    if dist.get_backend() == "nccl":
+        # The other groups need not be known here: at a thousand ranks this is one group instead of hundreds.
+        handle = dist.new_group(groups[index], use_local_synchronization=True)
+    else:
+        handle = [dist.new_group(ranks) for ranks in groups][index]
+    yield Siblings(shape=shape, handle=handle, first=index == 0)
+    # Not after an error: the others may be gone, and the whole job's groups go down then.
+    dist.destroy_process_group(handle)
 
 
 def _operation(collective: str, group: dist.ProcessGroup, count: int) -> Callable[[], None]:
@@ -104,29 +148,35 @@ def _operation(collective: str, group: dist.ProcessGroup, count: int) -> Callabl
 def _measure_size(
     operation: Callable[[], None], clock: Clock, group: dist.ProcessGroup, budget_seconds: float
 ) -> float:
-    """Undisturbed seconds of one call on this rank; as many repeats as the budget allows."""
-    for _ in range(2):
-        operation()
+    """Undisturbed seconds of one call on this rank; as many repeats as the budget allows, three at least."""
+    operation()
     clock.synchronize()
     dist.barrier(group=group)
-    start = clock.mark()
+    marks = [clock.mark()]
     operation()
-    end = clock.mark()
+    marks.append(clock.mark())
     clock.synchronize()
-    first = torch.tensor([clock.seconds(start, end)], device="cuda", dtype=torch.float64)
+    first = torch.tensor([clock.seconds(*marks)], device="cuda", dtype=torch.float64)
     dist.all_reduce(first, op=dist.ReduceOp.MAX, group=group)
-    repeats = int(min(25, max(3, budget_seconds / max(first.item(), 1e-6))))
+    seconds = max(first.item(), 1e-6)
+    samples = []
+    if seconds < budget_seconds / 3:
+        # Short messages still warm up in their second call, which therefore does not count.
+        repeats = int(min(25, budget_seconds / seconds))
+    else:
+        samples, repeats = [clock.seconds(*marks)], 2
+    dist.barrier(group=group)
     marks = [clock.mark()]
     for _ in range(repeats):
         operation()
         marks.append(clock.mark())
     clock.synchronize()
-    return undisturbed([clock.seconds(a, b) for a, b in pairwise(marks)])[0]
+    return undisturbed([*samples, *(clock.seconds(a, b) for a, b in pairwise(marks))])[0]
 
 
 def measure_curve(
     collective: str,
-    shape: GroupShape,
+    siblings: Siblings,
     *,
     largest_bytes: int,
     nodes: int = 1,
@@ -137,8 +187,8 @@ def measure_curve(
 
     Args:
         collective: its name.
-        shape: the group shape.
-        largest_bytes: largest message; sizes grow from 1 KB by a factor of 8 up to it.
+        siblings: the groups of the shape.
+        largest_bytes: largest message, see :func:`message_sizes`.
         nodes: nodes that one group spans, for the record.
         contention: run all sibling groups at once; otherwise the first group alone, the others wait.
         seconds_per_size: time to spend on one message size.
@@ -147,35 +197,23 @@ def measure_curve(
         The curve, equal on every rank: the lower quartile over repeats, the maximum over ranks. And the seconds
         of every rank for all sizes, by rank.
     """
-    world_size, rank = dist.get_world_size(), dist.get_rank()
-    groups = shape.groups(world_size)
-    # use_local_synchronization would save time for many groups, but gloo's needs every rank here.
-    handles = [dist.new_group(ranks) for ranks in groups]
-    mine, handle = next((g, h) for g, h in zip(groups, handles, strict=True) if rank in g)
+    shape = siblings.shape
     clock = Clock()
-    sizes = []
-    size = SMALLEST_BYTES
-    while size < largest_bytes:
-        sizes.append(size)
-        size *= GROWTH
-    sizes.append(max(largest_bytes, SMALLEST_BYTES))
+    sizes = message_sizes(largest_bytes, contention=contention)
     times = []
     for size in sizes:
         count = max(size // 4 // shape.ranks, 1) * shape.ranks
         dist.barrier()
         seconds = 0.0
-        if contention or mine is groups[0]:
-            operation = _operation(collective, handle, count)
-            seconds = _measure_size(operation, clock, handle, seconds_per_size)
+        if contention or siblings.first:
+            operation = _operation(collective, siblings.handle, count)
+            seconds = _measure_size(operation, clock, siblings.handle, seconds_per_size)
         times.append(seconds)
     if collective == "send":
         # The word back takes as long as the shortest message there; where the machine was disturbed during the
         # shortest one, a longer one may seem to take less than that.
         times = [max(seconds - times[0] / 2, times[0] / 2) for seconds in times]
     by_rank = gather(times)
-    for group in handles:
-        if rank in dist.get_process_group_ranks(group):
-            dist.destroy_process_group(group)
     points = tuple(zip(sizes, map(max, zip(*by_rank, strict=True)), strict=True))
     latency, slope, residual = latency_bandwidth(points)
     curve = CollectiveCurve(

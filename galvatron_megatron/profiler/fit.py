@@ -6,15 +6,16 @@ import numpy as np
 
 
 def undisturbed(samples: Sequence[float]) -> tuple[float, float]:
-    """Time without disturbances, which only ever add to it: the lower quartile.
+    """Time without disturbances, which only ever add to it: the lower quartile, one of the samples.
 
     Args:
-        samples: at least one positive number.
+        samples: at least one positive number. Of up to four the smallest is the lower quartile.
 
     Returns:
         The lower quartile and the relative interquartile range.
     """
-    low, high = np.percentile(np.asarray(samples, dtype=float), (25, 75))
+    values = np.asarray(samples, dtype=float)
+    low, high = np.percentile(values, 25, method="lower"), np.percentile(values, 75)
     return float(low), float((high - low) / low) if low > 0 else 0.0
 
 
@@ -35,7 +36,10 @@ def latency_bandwidth(points: Sequence[tuple[int, float]]) -> tuple[float, float
     times = np.array([seconds for _, seconds in points], dtype=float)
     slope = 0.0
     if len(points) > 1:
-        slope = max(0.0, float((times[-1] - times[-2]) / (sizes[-1] - sizes[-2])))
+        slope = float((times[-1] - times[-2]) / (sizes[-1] - sizes[-2]))
+        if slope <= 0:
+            # The smaller of the two was disturbed, for a larger message cannot be faster.
+            slope = max(0.0, float((times[-1] - times[0]) / (sizes[-1] - sizes[0])))
     weights = 1 / times
     latency = max(0.0, float((weights * (1 - slope * sizes * weights)).sum() / (weights**2).sum()))
     error = (latency + slope * sizes) * weights - 1

@@ -18,6 +18,9 @@ from galvatron_megatron.profiler.fit import undisturbed
 from galvatron_megatron.profiler.memory import MemoryMeter
 from galvatron_megatron.profiler.process_group import gather
 
+LONG = 2
+"""A pass is long where it takes more than this many rounds' time."""
+
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class _Batch:
@@ -122,6 +125,13 @@ def _run_once(few: FewLayers, batch: _Batch, take: Any) -> dict[str, Any]:
     return marks.seen
 
 
+def _slowest(seconds: float) -> float:
+    """The largest of all ranks' seconds, above zero."""
+    value = torch.tensor([seconds], device="cuda", dtype=torch.float64)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return max(value.item(), 1e-6)
+
+
 @dataclass(kw_only=True)
 class PartMeasurement:
     """One setting of a model of a few layers, measured in rounds; every rank of the job makes the same calls.
@@ -141,23 +151,25 @@ class PartMeasurement:
     micro_batch_size: int
     seq_length: int
     failure: str = ""
+    """Why it cannot be measured, once that is known."""
     by_rank: list[float] = field(default_factory=list)
     """Seconds of every rank for the layers, forward and backward, by rank; empty before the first round."""
     _memory: dict[str, tuple[int, int]] | None = None
-    _pass_seconds: float = 0.0
+    _watched_seconds: float = 0.0
+    """The pass whose memory was watched, which also warmed up: others are faster, unless they are disturbed."""
     _samples: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def round(self, budget_seconds: float) -> list[PartPoint]:
         """Measures once more.
 
         Args:
-            budget_seconds: time for the repeats. A setting whose one pass takes longer is passed once a round,
-                and warms up in the first round only.
+            budget_seconds: time for the repeats. Of a setting whose one pass takes longer than two rounds, the
+                first round watches memory and the second one times one pass.
 
         Returns:
             Points of all samples so far, for the embedding, the layer and the head (embedding and head only
             without recomputation, which does not touch them): the maximum over ranks. Where any rank ran out of
-            memory or Megatron refused, all points carry the failure.
+            memory or Megatron refused, all points carry the failure. None yet where nothing was timed.
         """
         if not self.failure:
             try:
@@ -171,9 +183,11 @@ class PartMeasurement:
                     raise
                 self.failure = refusal(error)
             self.few.ddp.zero_grad_buffer()
-        answers = gather((self.failure, {} if self.failure else self._numbers()))
+        answers = gather((self.failure, self._numbers() if self._samples and not self.failure else {}))
         self.failure = next((failure for failure, _ in answers if failure), "")
         numbers = [entry for _, entry in answers]
+        if not self.failure and not self._samples:
+            return []
         if not self.failure:
             self.by_rank = [entry["layer"]["forward"] + entry["layer"]["backward"] for entry in numbers]
         return self._points(numbers)
@@ -181,23 +195,25 @@ class PartMeasurement:
     def _run(self, budget_seconds: float) -> None:
         clock = Clock()
         batch = make_batch(self.few, self.micro_batch_size, self.seq_length)
-        # The first pass warms up; on the first round's, memory is read. A long pass is its own warm-up.
-        if self._memory is None:
+        first_round = self._memory is None
+        if first_round:
             with MemoryMeter() as meter:
                 start, _ = meter.read()
-                seen = _run_once(self.few, batch, meter.read)
-            self._memory = {name: (now - start, peak - start) for name, (now, peak) in seen.items()}
-        elif self._pass_seconds <= budget_seconds:
+                seen = _run_once(self.few, batch, lambda: (meter.read(), clock.mark()))
+            clock.synchronize()
+            self._memory = {name: (now - start, peak - start) for name, ((now, peak), _) in seen.items()}
+            self._watched_seconds = _slowest(clock.seconds(seen["start"][1], seen["end"][1]))
+        is_long = self._watched_seconds > LONG * budget_seconds
+        if is_long and first_round:
+            return
+        if not is_long and not first_round:
             _run_once(self.few, batch, clock.mark)
         dist.barrier()
         runs = [_run_once(self.few, batch, clock.mark)]
         clock.synchronize()
-        first = torch.tensor(
-            [clock.seconds(runs[0]["start"], runs[0]["end"])], device="cuda", dtype=torch.float64
-        )
-        dist.all_reduce(first, op=dist.ReduceOp.MAX)
-        self._pass_seconds = max(first.item(), 1e-6)
-        repeats = int(min(20, budget_seconds / self._pass_seconds))
+        seconds = _slowest(clock.seconds(runs[0]["start"], runs[0]["end"]))
+        # A long pass that was not faster than the one before it, which warmed up, was disturbed.
+        repeats = int(seconds > self._watched_seconds) if is_long else int(min(20, budget_seconds / seconds))
         runs += [_run_once(self.few, batch, clock.mark) for _ in range(repeats)]
         clock.synchronize()
         for part, spans in self._spans().items():

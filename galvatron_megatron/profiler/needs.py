@@ -46,10 +46,10 @@ class ProfileNeeds:
     zeros: tuple[int, ...] = (0, 1)
 
     def settings(self) -> list[tuple[Recompute, int]]:
-        """(recomputation, micro-batch size) pairs to measure.
+        """(recomputation, micro-batch size) pairs that tell all where nothing is known of the curves.
 
-        What recomputation adds is the forward pass of the same operators, a straight line where the forward
-        pass is one: the smallest and the largest size are enough.
+        What recomputation adds is the forward pass of the same operators: the smallest and the largest size
+        are enough. See :mod:`galvatron_megatron.profiler.sizes` for what straight curves need.
         """
         sizes = self.micro_batch_sizes
         few = tuple(sorted({sizes[0], sizes[-1]}))

@@ -15,8 +15,8 @@ from rich.progress import Progress as RichProgress
 class Progress:
     """Shows how far the measurements are and the time that is left; silent on other ranks.
 
-    Where the output is no terminal it prints a line now and then instead of a moving bar. At the end it says how
-    long the phases took, where anything was measured.
+    Where the output is no terminal it prints a line now and then instead of a moving bar. At the end it
+    says how long the phases took, where anything was measured.
 
     Args:
         show: print at all.

@@ -26,9 +26,16 @@ from galvatron_megatron.describe.profile_store import (
 from galvatron_megatron.errors import GalvatronError
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
 from galvatron_megatron.profiler.clock import on_cpu
-from galvatron_megatron.profiler.collectives import GroupShape, measure_curve, shapes_of_plans
+from galvatron_megatron.profiler.collectives import (
+    GroupShape,
+    Siblings,
+    measure_curve,
+    shapes_of_plans,
+    siblings_of,
+)
 from galvatron_megatron.profiler.few_layers import (
     REFUSALS,
+    FewLayers,
     arguments_for,
     build,
     megatron_state_restored,
@@ -36,12 +43,14 @@ from galvatron_megatron.profiler.few_layers import (
     refusal,
 )
 from galvatron_megatron.profiler.layers import PartMeasurement
+from galvatron_megatron.profiler.levels import level_notes, place_of_this_rank
 from galvatron_megatron.profiler.needs import ProfileNeeds
 from galvatron_megatron.profiler.optimizer import measure_step
 from galvatron_megatron.profiler.overlap import COLLECTIVES as OVERLAPPED
 from galvatron_megatron.profiler.overlap import measure_overlap
 from galvatron_megatron.profiler.process_group import agree, gather, own_process_group
 from galvatron_megatron.profiler.progress import Progress
+from galvatron_megatron.profiler.sizes import settings_to_measure
 from galvatron_megatron.profiler.stragglers import straggler_note
 from galvatron_megatron.profiler.topology import (
     cluster_from_ranks,
@@ -70,8 +79,8 @@ class Build:
     tp: int
     sequence_parallel: SequenceParallel
     zero: int
-    settings: tuple[tuple[Recompute, int], ...]
-    """(recomputation, micro-batch size) to measure layers under; empty where only the optimizer is measured."""
+    parts: bool
+    """Measure the layers, embedding and head."""
     step: bool
     """Measure the optimizer."""
 
@@ -156,7 +165,8 @@ def profile_live_ranks(
             run.progress = progress
             if not run.profile.speeds:
                 with progress.phase("device speed"):
-                    run.keep(speeds=measure_speeds(facts))
+                    places = gather(place_of_this_rank(run.nodes[dist.get_rank()]))
+                    run.keep(speeds=measure_speeds(facts), notes=level_notes(places))
             run.measure()
     return run.profile, cluster_from_ranks(run.profile, memory_gb=memory_gb)
 
@@ -226,21 +236,20 @@ class _Run:
 
     # What is missing. Every rank has the same profile, so every rank finds the same list.
 
-    def missing_curves(self) -> list[tuple[str, GroupShape, bool]]:
-        """(collective, shape, contention) to measure.
+    def missing_curves(self) -> dict[GroupShape, list[tuple[str, bool]]]:
+        """(collective, contention) to measure, by the shape of the groups.
 
-        Plans are priced with all sibling groups active. All-reduces are measured alone as well, which shows
-        what groups take from each other.
+        Plans are priced with all sibling groups active. Alone, where there are siblings, a group shows what
+        groups take from each other.
         """
         have = {curve.key for curve in self.profile.collectives}
-        return [
-            (collective, shape, contention)
-            for collective, shapes in shapes_of_plans(self._world, self.needs.tps).items()
-            for shape in sorted(shapes)
-            for contention in (True, False)
-            if contention or (collective == "all_reduce" and shape.ranks < self._world)
-            if (collective, shape.ranks, shape.stride, contention) not in have
-        ]
+        missing: dict[GroupShape, list[tuple[str, bool]]] = {}
+        for collective, shapes in shapes_of_plans(self._world, self.needs.tps).items():
+            for shape in shapes:
+                for contention in (True, False)[: 1 + (shape.ranks < self._world)]:
+                    if (collective, shape.ranks, shape.stride, contention) not in have:
+                        missing.setdefault(shape, []).append((collective, contention))
+        return dict(sorted(missing.items()))
 
     def missing_overlaps(self) -> list[str]:
         """Kinds of collective whose overlap with computation is to be measured."""
@@ -249,19 +258,12 @@ class _Run:
 
     def missing_builds(self) -> list[Build]:
         """Models to build and what to measure on them."""
-        have = {point.key for point in self.profile.parts}
         builds = []
         for layer in dict.fromkeys(self.model.layers):
             count = sum(1 for other in self.model.layers if other == layer)
             layers = min(count, MOST_LAYERS)
-            name = layer_digest(layer)
             for tp, kind in self.needs.layouts():
-                wanted = tuple(
-                    (recompute, size)
-                    for recompute, size in self.needs.settings()
-                    if (name, tp, kind.value, recompute.value, size) not in have
-                )
-                if wanted:
+                if self._missing_settings(layer, tp, kind):
                     builds.append(
                         Build(
                             layer=layer,
@@ -269,13 +271,13 @@ class _Run:
                             tp=tp,
                             sequence_parallel=kind,
                             zero=0,
-                            settings=wanted,
+                            parts=True,
                             step=kind is SequenceParallel.NONE and 0 in self.needs.zeros,
                         )
                     )
             if self.profile.steps:
                 continue
-            plain = {"layer": layer, "sequence_parallel": SequenceParallel.NONE, "settings": (), "step": True}
+            plain = {"layer": layer, "sequence_parallel": SequenceParallel.NONE, "parts": False, "step": True}
             smallest = self.needs.tps[0]
             for zero in self.needs.zeros:
                 builds.append(Build(layers=1, tp=smallest, zero=zero, **plain))
@@ -283,14 +285,24 @@ class _Run:
                     builds.extend(Build(layers=layers, tp=tp, zero=zero, **plain) for tp in self.needs.tps)
         return builds
 
+    def _missing_settings(self, layer: Layer, tp: int, kind: SequenceParallel) -> list[tuple[Recompute, int]]:
+        return settings_to_measure(self.profile.parts, layer_digest(layer), tp, kind, self.needs)
+
+    def _most_measurements(self, item: Build) -> int:
+        """Measurements on a model, unless curves turn out to be bent."""
+        return item.parts * len(self.needs.settings()) + item.step
+
     def measure(self) -> None:
         """Measures everything that is missing and stores it piece by piece."""
         curves, overlaps, builds = self.missing_curves(), self.missing_overlaps(), self.missing_builds()
         progress = self.progress
-        progress.start(len(curves) + len(overlaps) + sum(len(b.settings) + b.step for b in builds))
+        links = sum(map(len, curves.values())) + len(overlaps)
+        progress.start(links + sum(self._most_measurements(item) for item in builds))
         with progress.phase("links"):
-            for collective, shape, contention in curves:
-                self._measure_curve(collective, shape, contention)
+            for shape, wanted in curves.items():
+                with siblings_of(shape) as siblings:
+                    for collective, contention in wanted:
+                        self._measure_curve(collective, siblings, contention)
         with progress.phase("overlap"):
             for collective in overlaps:
                 progress.at(f"overlap of {collective} and computation")
@@ -301,12 +313,13 @@ class _Run:
                 progress.at(str(item))
                 self._measure_build(item)
 
-    def _measure_curve(self, collective: str, shape: GroupShape, contention: bool) -> None:
+    def _measure_curve(self, collective: str, siblings: Siblings, contention: bool) -> None:
+        shape = siblings.shape
         what = f"{collective} over {shape.ranks} ranks, stride {shape.stride}"
         self.progress.at(what)
         curve, by_rank = measure_curve(
             collective,
-            shape,
+            siblings,
             largest_bytes=self._largest_bytes(collective),
             nodes=nodes_of_group(shape.ranks, shape.stride, self.profile.provenance.ranks_per_node),
             contention=contention,
@@ -321,7 +334,7 @@ class _Run:
             4 * self.model.vocab_size * self.model.hidden_size
             + 48 * len(self.model.layers) * self.model.hidden_size**2
         )
-        wanted = activation if collective in ("send", "broadcast") else max(activation, weights)
+        wanted = activation if collective in ("send", "broadcast", "all_to_all") else max(activation, weights)
         return min(max(wanted, LEAST_LARGEST_BYTES), LARGEST_CPU_BYTES if on_cpu() else LARGEST_GPU_BYTES)
 
     def _measure_build(self, item: Build) -> None:
@@ -341,7 +354,6 @@ class _Run:
             )
         except GalvatronError as error:
             self._keep_failure(item, name, str(error))
-            progress.advance(len(item.settings) + item.step)
             return
         with parallel_state_of(item.tp, made):
             few, reason = None, ""
@@ -353,32 +365,52 @@ class _Run:
             reason = next((found for found in gather(reason) if found), "")
             if few is None or reason:
                 self._keep_failure(item, name, reason)
-                progress.advance(len(item.settings) + item.step)
                 return
+            if item.parts:
+                with progress.phase("layers"):
+                    self._measure_parts(item, few)
+            if item.step:
+                with progress.phase("optimizer"):
+                    self.keep(steps=(measure_step(few, zero=item.zero),))
+                progress.advance()
+
+    def _measure_parts(self, item: Build, few: FewLayers) -> None:
+        """Measures the layers until all their curves can be read off."""
+        left = len(self.needs.settings())
+        while settings := self._missing_settings(item.layer, item.tp, item.sequence_parallel):
             measurements = [
                 PartMeasurement(
                     few=few,
-                    layer_name=name,
+                    layer_name=layer_digest(item.layer),
                     tp=item.tp,
                     sequence_parallel=item.sequence_parallel,
                     recompute=recompute,
                     micro_batch_size=size,
                     seq_length=self.model.seq_length,
                 )
-                for recompute, size in item.settings
+                for recompute, size in settings
             ]
-            with progress.phase("layers"):
-                for index in range(ROUNDS):
-                    for measurement in measurements:
-                        self.keep(parts=tuple(measurement.round(self.seconds_per_point / ROUNDS)))
-                        progress.advance(index == ROUNDS - 1)
-            if item.tp == 1 and measurements:
+            for _ in range(ROUNDS):
+                self._measure_round(measurements)
+            done = min(left, len(measurements))
+            left -= done
+            self.progress.advance(done)
+            if any(
+                recompute is Recompute.NONE
+                for recompute, _ in self._missing_settings(item.layer, item.tp, item.sequence_parallel)
+            ):
+                # The curve is bent; before that costs more sizes, make sure that no disturbance bent it.
+                self._measure_round([m for m in measurements if m.recompute is Recompute.NONE])
+            if item.tp == 1:
                 # Without tensor parallelism no rank waits for another one.
                 self.keep(notes=self._stragglers("computing layers", measurements[-1].by_rank))
-            if item.step:
-                with progress.phase("optimizer"):
-                    self.keep(steps=(measure_step(few, zero=item.zero),))
-                progress.advance()
+        # What the curves turned out not to need.
+        self.progress.advance(left)
+
+    def _measure_round(self, measurements: list[PartMeasurement]) -> None:
+        for measurement in measurements:
+            if points := measurement.round(self.seconds_per_point / ROUNDS):
+                self.keep(parts=tuple(points))
 
     def _stragglers(self, what: str, by_rank: list[float]) -> tuple[str, ...]:
         note = straggler_note(what, by_rank, self.nodes)
@@ -394,10 +426,11 @@ class _Run:
                 micro_batch_size=size,
                 failure=reason,
             )
-            for recompute, size in item.settings
+            for recompute, size in (self.needs.settings() if item.parts else ())
         )
         note = f"{item}: not measured, {reason}"
         self.keep(parts=points, notes=(note,))
+        self.progress.advance(self._most_measurements(item))
 
     def keep(self, **found: tuple) -> None:
         """Adds measurements on every rank and stores them on rank 0."""

@@ -199,10 +199,26 @@ def test_recomputation_between_its_sizes_follows_the_measured_time_without_it():
     assert found.forward_seconds == pytest.approx(2e-3)
     assert found.backward_seconds == pytest.approx(6e-3 + 1e-3)
     assert found.activation_bytes == 200_000
-    # Where the time without recomputation is not known, the line is what there is.
+    # The time without recomputation may itself lie between two sizes.
     assert table.lookup(DIGEST, 1, SequenceParallel.NONE, Recompute.FULL, 3).backward_seconds == pytest.approx(
-        9e-3
+        9e-3 + 0.5e-3
     )
+
+
+def test_recomputation_goes_on_above_its_sizes_with_the_measured_time_without_it():
+    # Without recomputation a bend is measured at four samples; with it nothing is, above two.
+    parts = tuple(
+        replace(point, forward_seconds=point.forward_seconds + 1e-3)
+        if (point.part, point.tp, point.recompute, point.micro_batch_size) == (DIGEST, 1, Recompute.NONE, 4)
+        else point
+        for point in PROFILE.parts
+        if point.recompute is Recompute.NONE or point.micro_batch_size < 4
+    )
+    found = PartTable(replace(PROFILE, parts=parts)).lookup(DIGEST, 1, SequenceParallel.NONE, Recompute.FULL, 4)
+    assert found.forward_seconds == pytest.approx(4e-3 + 1e-3)
+    assert found.backward_seconds == pytest.approx(12e-3)
+    assert found.activation_bytes == 400_000
+    assert found.source == "modelled"
 
 
 def test_a_missing_curve_is_an_error_and_a_near_one_is_used():

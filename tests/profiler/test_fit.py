@@ -30,7 +30,15 @@ def test_noise_shows_in_the_residual():
     assert 0.1 < latency_bandwidth(noisy)[2] < 0.4
 
 
+def test_a_disturbance_of_the_message_before_the_largest_leaves_a_bandwidth():
+    points = [(size, 1e-4 + size * 1e-9) for size in SIZES]
+    points[-2] = (SIZES[-2], 5.0)
+    assert latency_bandwidth(points)[1] == pytest.approx(1e-9, rel=0.01)
+
+
 def test_disturbances_do_not_move_the_result():
     quiet = [1.0, 1.01, 0.99, 1.0, 1.02, 1.0, 0.98, 1.0]
     assert undisturbed([*quiet, 5.0, 7.0, 20.0])[0] == pytest.approx(undisturbed(quiet)[0], rel=0.02)
     assert undisturbed([3.0]) == (3.0, 0.0)
+    # Of few samples one disturbed one must not count at all.
+    assert undisturbed([9.0, 3.0])[0] == undisturbed([4.0, 3.0, 9.0])[0] == 3.0

@@ -7,7 +7,7 @@ import pytest
 from profiles import small_model
 
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
-from galvatron_megatron.profiler.collectives import GroupShape, shapes_of_plans
+from galvatron_megatron.profiler.collectives import GroupShape, message_sizes, shapes_of_plans
 from galvatron_megatron.profiler.needs import ProfileNeeds, divisors, tensor_degrees
 
 
@@ -19,8 +19,10 @@ def test_every_group_of_every_uniform_plan_has_its_shape_measured(world_size):
         for pp in divisors(world_size // tp):
             dp = world_size // tp // pp
             if dp > 1:
-                for kind in ("all_reduce", "all_gather", "reduce_scatter"):
+                for kind in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"):
                     assert GroupShape(ranks=dp, stride=tp) in shapes[kind]
+                if pp == 1:
+                    assert GroupShape(ranks=dp, stride=tp) in shapes["broadcast"]
             if pp % 2 == 0:
                 assert GroupShape(ranks=2, stride=world_size // pp) in shapes["send"]
 
@@ -41,8 +43,17 @@ def test_measurements_grow_with_the_logarithm_of_the_ranks():
     counts = {world_size: curves(world_size) for world_size in (8, 16, 32, 64, 128, 256, 512, 1024)}
     steps = [after - before for before, after in itertools.pairwise(counts.values())]
     # One more doubling adds a shape per tensor-parallel degree and collective, however many ranks there are.
-    assert max(steps) <= 14, counts
-    assert counts[1024] < 150, counts
+    assert max(steps) <= 20, counts
+    assert counts[1024] < 170, counts
+
+
+def test_messages_reach_the_largest_and_half_as_many_are_sent_alone():
+    together = message_sizes(1 << 30, contention=True)
+    alone = message_sizes(1 << 30, contention=False)
+    assert together[0] == alone[0] == 1 << 10 and together[-1] == alone[-1] == 1 << 30
+    assert together == sorted(set(together)) and set(alone) <= set(together)
+    assert len(together) == 8 and len(alone) == 5
+    assert message_sizes(1 << 9, contention=True) == [1 << 10]
 
 
 def test_degrees_that_do_not_divide_the_model_are_left_out():
