@@ -42,6 +42,7 @@ RULES = {
     "min_tokens_per_rank tokens",
     "cp_allowed": "context parallelism is switched off",
     "cp_fixed": "cp is fixed by hand",
+    "cp_kind": "a Mamba layer scans the whole sequence",
     "dp_samples": "dp divides the samples of a micro-batch",
     "ep_experts": "expert parallelism divides the experts of the layer (layers without experts have none)",
     "ep_ranks": "expert parallelism x expert tensor parallelism divides the ranks of a stage",
@@ -319,7 +320,7 @@ class Space:
     def _generate(self, layer: Layer, ranks: int, forced: bool | None) -> Iterator[Strategy]:
         kinds = self.recompute_kinds(layer, forced)
         for tp, kind, cp, dp in self._layouts(ranks):
-            rule = tp_rule(layer, self.request.model, tp, kind)
+            rule = tp_rule(layer, self.request.model, tp, kind) or cp_rule(layer, cp)
             if rule is not None:
                 self.cuts[rule] += 1
                 continue
@@ -379,7 +380,8 @@ class Space:
                     self.cuts["ulysses_base"] += 1
                     continue
                 rules = {
-                    tp_rule(layer, self.request.model, tp, kind) for layer in set(self.request.model.layers)
+                    tp_rule(layer, self.request.model, tp, kind) or cp_rule(layer, cp)
+                    for layer in set(self.request.model.layers)
                 }
                 rules -= {None}
                 if rules:
@@ -444,3 +446,8 @@ def tp_rule(layer: Layer, model: Model, tp: int, kind: SequenceParallel) -> str 
         if layer.experts.shared_ffn_hidden_size % tp:
             return "tp_width"
     return None
+
+
+def cp_rule(layer: Layer, cp: int) -> str | None:
+    """Names the rule that forbids a layer this degree of context parallelism; None where it is allowed."""
+    return "cp_kind" if cp > 1 and layer.mamba is not None else None

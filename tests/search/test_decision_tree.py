@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from random_costs import tiny_model
 
-from galvatron_megatron.describe.model import Attention, Experts, Layer
+from galvatron_megatron.describe.model import Attention, Experts, Layer, Mamba
 from galvatron_megatron.errors import SearchError
 from galvatron_megatron.plan.constraints import Constraints
 from galvatron_megatron.plan.layer_kind import LayerKind
@@ -44,6 +44,17 @@ def test_tp_stays_in_a_node_unless_asked():
     space, found = strategies(request())
     assert max(s.tp for s in found) == 6 and space.cuts["tp_node"] > 0
     assert max(s.tp for s in strategies(request(tp_across_nodes=True))[1]) == 12
+
+
+def test_a_scan_is_not_split_by_context_parallelism():
+    model = tiny_model([0] * 8)
+    scan = Layer(kind=LayerKind.MAMBA, mamba=Mamba(heads=12, groups=12))
+    case = request(model=replace(model, layers=(scan, *model.layers[1:])))
+    space, found = strategies(case)
+    outer = next(outer for outer in space.outers() if outer.pp == 1)
+    assert {s.cp for s in found} == {base.cp for base in space.bases(outer)} == {1}
+    assert space.cuts["cp_kind"] > 0
+    assert max(s.cp for s in space.strategies(case.model.layers[1], outer)) > 1
 
 
 def test_offloading_only_where_asked_and_only_of_what_zero_shards():
