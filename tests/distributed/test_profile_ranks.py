@@ -38,8 +38,15 @@ def parsed(*more: str) -> Namespace:
     return arguments
 
 
-def measure(rank: int, world_size: int, directory: str, *more: str, sizes: tuple[int, ...] = (1, 2)):
-    """Profiles and returns (profile, cluster, seconds, what was left behind)."""
+def measure(
+    rank: int,
+    world_size: int,
+    directory: str,
+    *more: str,
+    sizes: tuple[int, ...] = (1, 2),
+    tps: tuple[int, ...] | None = None,
+):
+    """Profiles; returns model, profile, cluster and seconds."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -51,7 +58,7 @@ def measure(rank: int, world_size: int, directory: str, *more: str, sizes: tuple
     arguments = parsed(*more)
     before = dict(vars(arguments))
     model = model_from_arguments(vars(arguments))
-    needs = ProfileNeeds.for_job(model, world_size, 8, micro_batch_sizes=sizes)
+    needs = ProfileNeeds.for_job(model, world_size, 8, micro_batch_sizes=sizes, tps=tps)
     groups = len(dist.distributed_c10d._world.pg_map)
     state = torch.get_rng_state()
     started = time.perf_counter()
@@ -68,13 +75,20 @@ def measure(rank: int, world_size: int, directory: str, *more: str, sizes: tuple
     return model, profile, cluster, seconds
 
 
+@pytest.fixture(scope="module")
+def first(ranks, tmp_path_factory) -> tuple[Path, list]:
+    """A store and what two ranks measured into it."""
+    directory = tmp_path_factory.mktemp("store")
+    return directory, ranks(2).run(measure, str(directory))
+
+
 @pytest.mark.distributed
-def test_two_ranks_measure_everything_once(ranks, tmp_path):
-    answers = ranks(2).run(measure, str(tmp_path))
+def test_two_ranks_measure_everything_once(ranks, first):
+    directory, answers = first
     model, profile, cluster, first_seconds = answers[0]
     assert all(answer[1:3] == (profile, cluster) for answer in answers)
     assert (cluster.nodes, cluster.devices_per_node) == (1, 2)
-    assert read_profile(tmp_path, profile.fingerprint()) == (profile, "")
+    assert read_profile(directory, profile.fingerprint()) == (profile, "")
     assert not [point for point in profile.parts if point.failure]
     layer = layer_digest(model.layers[0])
     points = {point.key: point for point in profile.parts}
@@ -109,18 +123,31 @@ def test_two_ranks_measure_everything_once(ranks, tmp_path):
         "reduce_scatter",
     }
     assert {step.zero for step in profile.steps} == {0, 1}
-    again = ranks(2).run(measure, str(tmp_path))
+    again = ranks(2).run(measure, str(directory))
     assert again[0][1] == profile
     assert again[0][3] < first_seconds / 3
 
 
 @pytest.mark.distributed
-def test_more_sizes_add_to_the_profile(ranks, tmp_path):
-    small = ranks(2).run(measure, str(tmp_path), sizes=(1,))[0][1]
-    large = ranks(2).run(measure, str(tmp_path), sizes=(1, 2))[0][1]
+def test_more_sizes_add_to_the_profile(ranks, first):
+    directory, answers = first
+    small = answers[0][1]
+    large = ranks(2).run(measure, str(directory), sizes=(1, 2, 4))[0][1]
     assert {p.key for p in small.parts} < {p.key for p in large.parts}
     assert [p for p in large.parts if p.key in {q.key for q in small.parts}] == list(small.parts)
     assert large.collectives == small.collectives
+
+
+@pytest.mark.distributed
+def test_a_damaged_profile_is_measured_again_on_the_next_run(ranks, first, tmp_path):
+    profile = first[1][0][1]
+    path = profile_path(tmp_path, profile.fingerprint())
+    path.write_text(profile_path(first[0], profile.fingerprint()).read_text()[:1000])
+    again = ranks(2).run(measure, str(tmp_path), sizes=(1,), tps=(1,))[0][1]
+    assert {p.key for p in again.parts} == {
+        p.key for p in profile.parts if p.tp == 1 and p.micro_batch_size == 1
+    }
+    assert [p.name for p in tmp_path.iterdir() if "damaged" in p.name]
 
 
 @pytest.mark.distributed
@@ -142,7 +169,7 @@ def test_what_runs_out_of_memory_is_recorded_and_the_next_is_measured(ranks, tmp
 @pytest.mark.distributed
 def test_hybrid_layers_are_measured_by_kind(ranks, tmp_path):
     words = ("--hybrid-layer-pattern", "*-*-", "--position-embedding-type", "none")
-    model, profile, _, _ = ranks(2).run(measure, str(tmp_path), *words, sizes=(1,))[0]
+    model, profile, _, _ = ranks(2).run(measure, str(tmp_path), *words, sizes=(1,), tps=(1,))[0]
     assert len(set(model.layers)) == 2
     measured = {p.part for p in profile.parts if not p.failure}
     assert {layer_digest(layer) for layer in model.layers} <= measured
@@ -165,7 +192,7 @@ def test_an_unusable_store_ends_every_rank_with_the_same_error(ranks, tmp_path):
     assert "does not exist" in answers[0]
 
 
-def start(directory: Path, ranks: int = 1) -> subprocess.Popen:
+def start(directory: Path, ranks: int = 1, options: tuple[str, ...] = ()) -> subprocess.Popen:
     command = [
         sys.executable,
         "-m",
@@ -176,7 +203,7 @@ def start(directory: Path, ranks: int = 1) -> subprocess.Popen:
         "--directory",
         str(directory),
     ]
-    command += ["--micro-batch-size", "1", "--micro-batch-size", "2", "--", *MEGATRON]
+    command += ["--micro-batch-size", "1", "--micro-batch-size", "2", *options, "--", *MEGATRON]
     return subprocess.Popen(
         command,
         env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
@@ -228,8 +255,9 @@ def test_a_killed_command_goes_on_without_loss(tmp_path):
     assert recomputes == set(Recompute)
     assert {p.sequence_parallel for p in profile.parts} == {SequenceParallel.NONE}
     started = time.perf_counter()
-    process = start(tmp_path)
+    process = start(tmp_path, options=("--plot", str(tmp_path / "curves.png")))
     assert process.wait(timeout=60) == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     process.stdout.close()
     assert time.perf_counter() - started < 30
 
@@ -251,6 +279,8 @@ def test_a_rank_that_dies_ends_the_command_with_one_line(tmp_path):
     os.kill(ranks[1], signal.SIGKILL)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2
+    # Rank 0 alone shows how far the session is.
+    assert error.decode().count("measurements to make") == 1
     last = error.decode().strip().splitlines()[-1]
     assert last.startswith("galvatron profile: ") and "rank" in last
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
@@ -267,13 +297,3 @@ def grown(directory: Path, seen: set) -> bool:
         if len(content["parts"]) + len(content["steps"]) > len(seen):
             return True
     return False
-
-
-@pytest.mark.distributed
-def test_a_damaged_profile_is_measured_again_on_the_next_run(ranks, tmp_path):
-    profile = ranks(2).run(measure, str(tmp_path), sizes=(1,))[0][1]
-    path = profile_path(tmp_path, profile.fingerprint())
-    path.write_text(path.read_text()[:1000])
-    again = ranks(2).run(measure, str(tmp_path), sizes=(1,))[0][1]
-    assert {p.key for p in again.parts} == {p.key for p in profile.parts}
-    assert [p.name for p in tmp_path.iterdir() if "damaged" in p.name]
