@@ -3,7 +3,7 @@
 import copy
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, partialmethod
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
@@ -76,6 +76,8 @@ def megatron_patches() -> Iterator[tuple[object, str, Any]]:
     norm = import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
     build = staticmethod(partial(_build_norm, norm.__new__))
     yield norm, "__new__", build
+    core = import_module("megatron.core.transformer.dot_product_attention").DotProductAttention
+    yield core, "__init__", partialmethod(_build_core_attention, core.__init__)
     engine = import_module("megatron.core.extensions.transformer_engine")
     # The hybrid stack builds its final norm from this class whatever spec it is given.
     yield engine.TENorm, "__new__", build
@@ -121,6 +123,24 @@ def _build_norm(
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel
     return norm
+
+
+def _build_core_attention(
+    core: Any,
+    original: Callable[..., None],
+    *args: Any,
+    k_channels: int | None = None,
+    v_channels: int | None = None,
+    **options: Any,
+) -> None:
+    """Builds the local core attention also for multi-latent attention, whose heads have widths of their own.
+
+    Megatron says these widths to every core attention, and only Transformer Engine's takes them. The local one
+    computes with any; it only needs to know how wide its output is.
+    """
+    original(core, *args, **options)
+    if v_channels is not None:
+        core.hidden_size_per_partition = core.num_attention_heads_per_partition * v_channels
 
 
 def _compiled_helper_places() -> list[str]:

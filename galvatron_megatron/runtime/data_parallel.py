@@ -334,11 +334,11 @@ def _partial_gradients(
     owner = {id(parameter): part for part in zero_parts for parameter in part.parameters}
     found: dict[dist.ProcessGroup, list[torch.nn.Parameter]] = {}
     for layer in module.modules():
-        if isinstance(layer, PlannedLayer) and layer.pg_collection.tp.size() > 1:
+        if isinstance(layer, PlannedLayer) and layer.tensor_group.size() > 1:
             parameters = [parameter for parameter in layer.summed_over_tp if parameter.requires_grad]
             part = owner.get(id(parameters[0])) if parameters else None
             if part is not None:  # a layer's parameters are all of one class
-                part.sum_over(layer.pg_collection.tp, parameters)
+                part.sum_over(layer.tensor_group, parameters)
             else:
-                found.setdefault(layer.pg_collection.tp, []).extend(parameters)
+                found.setdefault(layer.tensor_group, []).extend(parameters)
     return [(group, parameters) for group, parameters in found.items() if parameters]

@@ -14,11 +14,14 @@ from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strate
 from galvatron_megatron.runtime.context import LayerContext, RuntimeContext, StateClass
 from galvatron_megatron.runtime.context_parallel import GatheredCoreAttention, is_local_attention
 from galvatron_megatron.runtime.experts import experts_config, planned_experts, take_experts
+from galvatron_megatron.runtime.latent_attention import planned_attention
 from galvatron_megatron.runtime.norms import allow_sequence_parallel
+from galvatron_megatron.runtime.rotary import take_rows
 from galvatron_megatron.runtime.ulysses import UlyssesCoreAttention
 
 _HEAD_NORMS = ("q_layernorm", "k_layernorm")
-"""Norms inside a head: replicated over tp, each rank's gradient comes from its own heads only."""
+"""Norms inside a head: replicated over tp, each rank's gradient comes from its own heads only. Those of
+multi-latent attention have such names too, and see the latent in front of the heads."""
 
 
 def layer_config(config: Any, strategy: Strategy, *, is_local: bool = True) -> Any:
@@ -74,12 +77,18 @@ def _planned_submodules(submodules: Any, context: LayerContext) -> Any:
         value = getattr(submodules, field.name)
         if isinstance(value, ModuleSpec) and dataclasses.is_dataclass(value.submodules):
             value = dataclasses.replace(value, submodules=_planned_submodules(value.submodules, context))
+            value = planned_attention(value, context)
         elif field.name == "mlp" and isinstance(value, partial):
             value = planned_experts(value, context)
         elif field.name == "core_attention" and context.strategy.sequence_parallel is SequenceParallel.ULYSSES:
-            value = partial(UlyssesCoreAttention, builder=value, group=context.sequence_group)
+            value = ModuleSpec(
+                module=UlyssesCoreAttention, params={"builder": value, "group": context.sequence_group}
+            )
         elif field.name == "core_attention" and context.strategy.cp > 1 and is_local_attention(value):
-            value = partial(GatheredCoreAttention, builder=value, layout=context.layout, rank=context.rank)
+            value = ModuleSpec(
+                module=GatheredCoreAttention,
+                params={"builder": value, "layout": context.layout, "rank": context.rank},
+            )
         replaced[field.name] = allow_sequence_parallel(value)
     return dataclasses.replace(submodules, **replaced)
 
@@ -131,14 +140,20 @@ class PlannedLayer:
         self.summed_over_tp: list[torch.nn.Parameter] = []
         """Parameters whose gradient each tp rank computes in part: summed over this layer's tp group."""
         shared_out = set(map(id, self.expert_parameters))
+        head_norms = () if self.config.multi_latent_attention else _HEAD_NORMS
         for name, parameter in self.named_parameters():
             if id(parameter) in shared_out:
                 continue
             partial_gradient = self.config.sequence_parallel and getattr(parameter, "sequence_parallel", False)
-            if partial_gradient or any(norm in name for norm in _HEAD_NORMS):
+            if partial_gradient or any(norm in name for norm in head_norms):
                 self.summed_over_tp.append(parameter)
             # Megatron would sum gradients with this mark over the base layout's tp group.
             parameter.sequence_parallel = False
+
+    @property
+    def tensor_group(self) -> torch.distributed.ProcessGroup:
+        """Ranks that share out this layer's weights."""
+        return self._planned.groups.tp
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Brings the input into the layer's layout, computes, and leaves the output where the plan says.
@@ -203,7 +218,7 @@ class PlannedLayer:
         if rotary is not None and context.own_positions is not context.base:
             length = hidden_states.size(0) * context.layout.sequence_parts
             rows = context.own_positions.positions(context.rank, length)
-            kwargs["rotary_pos_emb"] = _take_rows(rotary, rows)
+            kwargs["rotary_pos_emb"] = take_rows(rotary, rows)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> Any:
         """The layer's part of a distributed checkpoint, with this layer's own replicas.
@@ -223,10 +238,3 @@ class PlannedLayer:
             )
         metadata = {**(metadata or {}), "dp_cp_group": self._planned.groups.dp_cp}
         return super().sharded_state_dict(prefix, sharded_offsets, metadata)
-
-
-def _take_rows(rotary: Any, rows: tuple[tuple[int, int], ...]) -> Any:
-    """Rows of a rotary embedding, or of each of a tuple of them."""
-    if isinstance(rotary, tuple):
-        return tuple(_take_rows(part, rows) for part in rotary)
-    return torch.cat([rotary[start:stop] for start, stop in rows])

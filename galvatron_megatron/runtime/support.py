@@ -1,6 +1,6 @@
 """What the runtime can execute; everything else is refused before the model is built."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -9,7 +9,7 @@ from galvatron_megatron.errors import UnsupportedPlanError
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.runnable import execution_problem
-from galvatron_megatron.plan.strategy import Offload, SequenceParallel
+from galvatron_megatron.plan.strategy import Offload, SequenceParallel, Strategy
 from galvatron_megatron.runtime.zero import is_left_to_megatron, uses_deepspeed, zero_backend
 from galvatron_megatron.runtime.zero_offload import missing_to_step_on_host
 
@@ -38,8 +38,7 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
         "expert_parallel in the plan's strategies",
     ),
     ("mtp_num_layers", bool, "multi-token prediction", "no --mtp-num-layers"),
-    # Megatron scatters compressed queries and keys over its own tp group, whatever a layer's group is.
-    ("multi_latent_attention", bool, "multi-latent attention", "a plan in which all layers run alike"),
+    ("mla_down_proj_fusion", bool, "fused projections to latents", "no --mla-down-proj-fusion"),
     ("reset_attention_mask", bool, "a mask per sample", "no --reset-attention-mask"),
     ("sft", bool, "packed sequences", "no --sft"),
     ("dataloader_inter_document_masking", bool, "packed sequences", "no inter-document masking"),
@@ -184,7 +183,12 @@ def _check_kinds(plan: Plan, args: Any) -> None:
             )
         _check_experts(plan, args)
         return
-    symbols = {LayerKind.ATTENTION: "*", LayerKind.MLP: "-", LayerKind.MOE: "E", LayerKind.MAMBA: "M"}
+    symbols = {
+        LayerKind.ATTENTION: "+" if "+" in pattern else "*",  # Megatron has one kind of attention in a model
+        LayerKind.MLP: "-",
+        LayerKind.MOE: "E",
+        LayerKind.MAMBA: "M",
+    }
     planned = "|".join("".join(symbols.get(layer.kind, "?") for layer in stage.layers) for stage in plan.stages)
     if planned != pattern:
         raise UnsupportedPlanError(
@@ -232,9 +236,8 @@ def check_stage(plan: Plan, first: int, count: int, position: int, chunk: int) -
         )
 
 
-def _check_layer(index: int, plan: Plan, args: Any) -> None:
-    strategy = plan.layers[index].strategy
-    where = f"plan layer {index}"
+def _check_attention(where: str, strategy: Strategy, args: Any) -> None:
+    """Every rank has whole heads."""
     heads = args.num_attention_heads
     groups = args.num_query_groups if getattr(args, "group_query_attention", False) else heads
     if heads % strategy.tp:
@@ -243,21 +246,33 @@ def _check_layer(index: int, plan: Plan, args: Any) -> None:
         raise UnsupportedPlanError(
             f"{where}: tp {strategy.tp} and the {groups} query groups; valid: one divides the other"
         )
-    if plan.layers[index].kind.has_experts:
-        for name, shards in (
-            ("moe_ffn_hidden_size", strategy.expert_shards),
-            ("moe_shared_expert_intermediate_size", strategy.weight_shards),
-            ("num_experts", strategy.expert_parallel),
-        ):
-            size = getattr(args, name, None)
-            if size is not None and size % shards:
-                raise UnsupportedPlanError(
-                    f"{where}: {shards} ranks do not divide --{name.replace('_', '-')} {size}"
-                )
-    elif args.ffn_hidden_size % strategy.weight_shards:
-        raise UnsupportedPlanError(
-            f"{where}: tp {strategy.tp} does not divide --ffn-hidden-size {args.ffn_hidden_size}"
-        )
+
+
+def _divided(kind: LayerKind, strategy: Strategy, args: Any) -> Iterator[tuple[str, int | None, int]]:
+    """What the ranks of a layer share out: (name, size or None where the model has none, ranks)."""
+    shards = strategy.weight_shards
+    latent = kind.has_attention and getattr(args, "multi_latent_attention", False)
+    if latent and args.transformer_impl == "local":  # Transformer Engine's projections to latents are whole
+        yield "--q-lora-rank", args.q_lora_rank, shards
+        keys = args.kv_lora_rank + args.qk_pos_emb_head_dim
+        yield "--kv-lora-rank and --qk-pos-emb-head-dim, together", keys, shards
+    if kind.has_experts:
+        yield "--moe-ffn-hidden-size", getattr(args, "moe_ffn_hidden_size", None), strategy.expert_shards
+        shared = getattr(args, "moe_shared_expert_intermediate_size", None)
+        yield "--moe-shared-expert-intermediate-size", shared, shards
+        yield "--num-experts", getattr(args, "num_experts", None), strategy.expert_parallel
+    elif kind is not LayerKind.ATTENTION:
+        yield "--ffn-hidden-size", args.ffn_hidden_size, shards
+
+
+def _check_layer(index: int, plan: Plan, args: Any) -> None:
+    strategy, kind = plan.layers[index].strategy, plan.layers[index].kind
+    where = f"plan layer {index}"
+    if kind.has_attention:
+        _check_attention(where, strategy, args)
+    for name, size, shards in _divided(kind, strategy, args):
+        if size is not None and size % shards:
+            raise UnsupportedPlanError(f"{where}: {shards} ranks do not divide {name} {size}")
     parts = 2 * strategy.cp * (1 if strategy.sequence_parallel is SequenceParallel.NONE else strategy.tp)
     if strategy.cp > 1 and args.seq_length % parts:
         raise UnsupportedPlanError(

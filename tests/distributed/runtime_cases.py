@@ -42,7 +42,19 @@ EXPERTS = {
 }
 """The load is balanced by sequence: a loss that, unlike the one by micro-batch, is equal in every layout."""
 
+LATENT = {
+    **MODERN,
+    "multi-latent-attention": True,
+    "kv-lora-rank": 16,
+    "qk-head-dim": 8,
+    "qk-pos-emb-head-dim": 8,
+    "v-head-dim": 12,
+}
+"""Keys and values from one latent, with heads of two widths."""
+
 MODELS = {
+    "latent": {"arguments": {**LATENT, "q-lora-rank": 16, "qk-layernorm": True}},
+    "latent-keys": {"arguments": {**LATENT, "rope-type": "rope"}},
     "experts": {"arguments": {**EXPERTS, "moe-layer-freq": "[0,1,1,0]"}, "blocks": "beeb"},
     "experts-exchanged": {
         "arguments": {
@@ -83,8 +95,7 @@ def case(name, model, base, *stages, pattern=None, **options):
     known = MODELS[model]
     arguments = {"train-iters": STEPS, **known["arguments"], **options.pop("arguments", {})}
     made = {"name": name, "model": model, "base": base, "stages": [list(s) for s in stages], **options}
-    if "blocks" in known:
-        made["blocks"] = known["blocks"]
+    made |= {name: known[name] for name in ("blocks", "late_arguments") if name in known}
     if pattern or "pattern" in known:
         made["pattern"] = pattern or known["pattern"]
     return {**made, "arguments": arguments}
@@ -351,6 +362,19 @@ CONTEXT = (
     case("context-hybrid", "hybrid", "tp1", ["tp1 cp4", "tp2", "tp2+megatron cp2", "tp1"]),
     case("context-experts", "experts", "tp1", ["tp1", "tp1 cp4", "tp2+megatron cp2", "tp1 cp2"]),
     case("context-experts-shared-out", "experts", "tp1", ["tp2", "tp1 cp2 ep4", "tp2+ulysses ep4", "tp1 cp4"]),
+)
+
+LATENT_PLANS = (
+    case("latent", "latent", "tp1", ["tp2", "tp2+megatron", "tp4+megatron recompute-full", "tp4+ulysses"]),
+    case(
+        "latent-pipeline",
+        "latent",
+        "tp2+megatron",
+        ["tp1", "tp2 recompute-selective", "tp2+ulysses"],
+        ["tp1 cp2"],
+        pp=2,
+    ),
+    case("latent-keys", "latent-keys", "tp2", ["tp4", "tp1", "tp1 cp4", "tp2+megatron zero1"]),
 )
 
 HALF = (

@@ -12,6 +12,7 @@ from runtime_cases import (
     FEATURES,
     FEWER,
     HALF,
+    LATENT_PLANS,
     LAYOUTS,
     MIXED,
     MIXTURES,
@@ -38,7 +39,11 @@ def test_the_plans_change_between_all_pairs_of_layouts():
     assert changes(pair_cases()) >= {(a, b) for a, b in product(LAYOUTS, LAYOUTS) if a != b}
 
 
-@pytest.mark.parametrize("made", [*pair_cases(), *FEATURES, *MIXTURES, *CONTEXT], ids=lambda made: made["name"])
+@pytest.mark.parametrize(
+    "made",
+    [*pair_cases(), *FEATURES, *MIXTURES, *CONTEXT, *LATENT_PLANS],
+    ids=lambda made: made["name"],
+)
 def test_same_training(ranks, made):
     expected = expected_of(ranks, made)
     seen = ranks(4).run(train, made)[0]

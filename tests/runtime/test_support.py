@@ -62,7 +62,7 @@ def test_a_plan_of_stock_megatron_is_not_questioned():
         ("moe_token_dispatcher_type", "flex"),
         ("moe_shared_expert_overlap", True),
         ("expert_model_parallel_size", 2),
-        ("multi_latent_attention", True),
+        ("mla_down_proj_fusion", True),
         ("mtp_num_layers", 1),
         ("reset_attention_mask", True),
         ("sft", True),
@@ -152,6 +152,21 @@ def test_kinds_that_cannot_run_are_named():
         check_supported(plan(ONE, TWO, kind=LayerKind.MAMBA), arguments())
 
 
+def test_latents_are_shared_out_by_local_layers_only():
+    latent = {
+        "multi_latent_attention": True,
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_pos_emb_head_dim": 7,
+    }
+    mixed = plan(ONE, TWO)
+    check_supported(mixed, arguments(**latent, transformer_impl="transformer_engine"))
+    with pytest.raises(UnsupportedPlanError, match="--kv-lora-rank and --qk-pos-emb-head-dim, together 23"):
+        check_supported(mixed, arguments(**latent, transformer_impl="local"))
+    with pytest.raises(UnsupportedPlanError, match="--q-lora-rank 5"):
+        check_supported(mixed, arguments(**latent | {"q_lora_rank": 5}, transformer_impl="local"))
+
+
 def test_experts_must_be_where_the_model_has_them():
     split = replace(TWO, sequence_parallel=SequenceParallel.MEGATRON)
     mixed = plan(ONE, split, kind=LayerKind.MOE_BLOCK)
@@ -183,6 +198,7 @@ def test_a_plan_for_another_kind_of_model_is_refused():
     with pytest.raises(UnsupportedPlanError, match="hybrid-layer-pattern"):
         check_supported(hybrid, arguments(hybrid_layer_pattern="*-"))
     check_supported(hybrid, arguments(hybrid_layer_pattern="**"))
+    check_supported(hybrid, arguments(hybrid_layer_pattern="++"))
 
 
 def test_stages_that_megatron_builds_otherwise_are_refused():
