@@ -67,7 +67,7 @@ def main() -> None:
     directory.mkdir()
     while killed < kills:
         child = started(directory)
-        time.sleep(chance.uniform(0.0, 1.5))
+        time.sleep(chance.uniform(0.0, 1.0))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         now = keys(directory)
