@@ -5,9 +5,6 @@ from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.strategy import Offload, SequenceParallel, Strategy
 
-RUNNABLE_KINDS = (LayerKind.BLOCK, LayerKind.MOE_BLOCK, LayerKind.ATTENTION, LayerKind.MLP, LayerKind.MOE)
-"""Kinds of layer that may differ in strategy."""
-
 HIGHEST_ZERO = 3
 """Highest ZeRO stage that is executed."""
 
@@ -40,16 +37,22 @@ def execution_problem(plan: Plan) -> str | None:
     if problem is not None:
         return problem
     for index, layer in enumerate(plan.layers):
-        if layer.kind not in RUNNABLE_KINDS:
-            return (
-                f"plan layer {index}: layers of kind {layer.kind.value} run only where all layers run alike; "
-                f"valid here: {', '.join(kind.value for kind in RUNNABLE_KINDS)}"
-            )
         problem = _strategy_problem(f"plan layer {index}", layer.strategy)
+        if problem is None and layer.kind is LayerKind.MAMBA:
+            problem = _mamba_problem(f"plan layer {index}", layer.strategy)
         if problem is None and layer.kind.has_experts:
             problem = _expert_problem(f"plan layer {index}", layer.strategy)
         if problem is not None:
             return problem
+    return None
+
+
+def _mamba_problem(where: str, strategy: Strategy) -> str | None:
+    """A scan runs over the whole sequence."""
+    if strategy.sequence_parallel is SequenceParallel.ULYSSES:
+        return f"{where}.sequence_parallel: ulysses with mamba; valid: none, megatron"
+    if strategy.cp > 1:
+        return f"{where}.cp: {strategy.cp} with mamba; valid where layers differ: 1"
     return None
 
 

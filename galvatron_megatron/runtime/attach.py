@@ -136,7 +136,7 @@ class Attachment:
             layers = hybrid_stack_spec.submodules
             planned = {
                 name: planned_spec(getattr(layers, name), self.context)
-                for name in ("attention_layer", "mla_layer", "mlp_layer", "moe_layer")
+                for name in ("attention_layer", "mla_layer", "mlp_layer", "moe_layer", "mamba_layer")
                 if isinstance(getattr(layers, name), ModuleSpec)
             }
             spec = ModuleSpec(

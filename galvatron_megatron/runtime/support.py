@@ -256,7 +256,12 @@ def _divided(kind: LayerKind, strategy: Strategy, args: Any) -> Iterator[tuple[s
         yield "--q-lora-rank", args.q_lora_rank, shards
         keys = args.kv_lora_rank + args.qk_pos_emb_head_dim
         yield "--kv-lora-rank and --qk-pos-emb-head-dim, together", keys, shards
-    if kind.has_experts:
+    if kind is LayerKind.MAMBA:
+        # Megatron's mixer is twice as wide as the model where the number of heads is not given.
+        heads = args.mamba_num_heads or 2 * args.hidden_size // args.mamba_head_dim
+        yield "--mamba-num-heads", heads, shards
+        yield "--mamba-num-groups", args.mamba_num_groups, shards
+    elif kind.has_experts:
         yield "--moe-ffn-hidden-size", getattr(args, "moe_ffn_hidden_size", None), strategy.expert_shards
         shared = getattr(args, "moe_shared_expert_intermediate_size", None)
         yield "--moe-shared-expert-intermediate-size", shared, shards

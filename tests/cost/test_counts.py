@@ -155,6 +155,20 @@ def test_mamba_runs_over_the_whole_sequence() -> None:
             layer_counts(model(MAMBA), MAMBA, strategy, 1)
 
 
+def test_flops_of_a_scan_are_the_published_ones() -> None:
+    """arXiv 2405.21060, section 6: a chunk of Q tokens takes BMM(Q, Q, N) a group, BMM(Q, P, Q) and two
+    BMM(N, P, Q) a head. The backward pass computes them again before their two gradients."""
+    samples, chunk, part = 3, 128, MAMBA.mamba
+    heads, inner = part.head_count(HIDDEN), part.inner_size(HIDDEN)
+    state, width = part.state_dim, part.head_dim
+    scan = 2 * samples * SEQ * (chunk * state * part.groups + heads * width * (chunk + 2 * state))
+    projected = 2 * inner + 2 * part.groups * state + heads
+    linear = 2 * samples * SEQ * HIDDEN * (projected + inner)
+    counts = layer_counts(model(MAMBA), MAMBA, Strategy(), samples)
+    assert counts.flops("forward") == linear + scan
+    assert counts.flops() == 3 * linear + 4 * scan
+
+
 def test_logits_are_kept_in_fp32() -> None:
     counts = head_counts(model(), Strategy(tp=2), 2)
     assert (

@@ -53,6 +53,16 @@ LATENT = {
 """Keys and values from one latent, with heads of two widths."""
 
 MODELS = {
+    "mamba": {
+        "arguments": {
+            **MODERN,
+            "mamba-state-dim": 4,
+            "mamba-head-dim": 8,
+            "mamba-num-groups": 4,
+        },
+        "pattern": "M*M-",
+        "late_arguments": {"spec": ["mamba_on_cpu", "hybrid_stack_spec"]},
+    },
     "latent": {"arguments": {**LATENT, "q-lora-rank": 16, "qk-layernorm": True}},
     "latent-keys": {"arguments": {**LATENT, "rope-type": "rope"}},
     "experts": {"arguments": {**EXPERTS, "moe-layer-freq": "[0,1,1,0]"}, "blocks": "beeb"},
@@ -375,6 +385,22 @@ LATENT_PLANS = (
         pp=2,
     ),
     case("latent-keys", "latent-keys", "tp2", ["tp4", "tp1", "tp1 cp4", "tp2+megatron zero1"]),
+)
+
+MAMBA_PLANS = (
+    case("mamba", "mamba", "tp1", ["tp2", "tp4+megatron", "tp2+megatron zero1", "tp4"]),
+    case(
+        "mamba-split", "mamba", "tp2+megatron", ["tp1 recompute-full", "tp2+ulysses", "tp4+megatron", "tp1 cp2"]
+    ),
+    case(
+        "mamba-pipeline",
+        "mamba",
+        "tp1",
+        ["tp2", "tp1", "tp1 zero1"],
+        ["tp2+megatron"],
+        pp=2,
+        pattern="M*M|-",
+    ),
 )
 
 HALF = (

@@ -58,6 +58,7 @@ KINDS = {
     "*": LayerKind.ATTENTION,
     "-": LayerKind.MLP,
     "E": LayerKind.MOE,
+    "M": LayerKind.MAMBA,
     "b": LayerKind.BLOCK,
     "e": LayerKind.MOE_BLOCK,
 }

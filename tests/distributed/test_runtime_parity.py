@@ -14,6 +14,7 @@ from runtime_cases import (
     HALF,
     LATENT_PLANS,
     LAYOUTS,
+    MAMBA_PLANS,
     MIXED,
     MIXTURES,
     STEPS,
@@ -22,6 +23,9 @@ from runtime_cases import (
     pair_cases,
 )
 from runtime_rank import assert_same_training, expected_of, references, relative, train, weight_difference
+
+from galvatron_megatron.describe.model import Layer, Mamba
+from galvatron_megatron.plan.layer_kind import LayerKind
 
 pytestmark = pytest.mark.distributed
 RANDOM_PLANS = int(os.environ.get("GALVATRON_RANDOM_PLANS", "25"))
@@ -35,13 +39,20 @@ def test_the_reference_learns(ranks):
             assert min(seen["norms"]) > CLIP, "clipping must be active"
 
 
+def test_mamba_has_the_parameters_of_its_description(ranks):
+    weights = references(ranks)["mamba"]["weights"]
+    built = sum(weight.size for name, weight in weights.items() if name.startswith("decoder.layers.0."))
+    described = Layer(kind=LayerKind.MAMBA, mamba=Mamba(state_dim=4, head_dim=8, groups=4))
+    assert built == described.parameter_count(32, "RMSNorm")
+
+
 def test_the_plans_change_between_all_pairs_of_layouts():
     assert changes(pair_cases()) >= {(a, b) for a, b in product(LAYOUTS, LAYOUTS) if a != b}
 
 
 @pytest.mark.parametrize(
     "made",
-    [*pair_cases(), *FEATURES, *MIXTURES, *CONTEXT, *LATENT_PLANS],
+    [*pair_cases(), *FEATURES, *MIXTURES, *CONTEXT, *LATENT_PLANS, *MAMBA_PLANS],
     ids=lambda made: made["name"],
 )
 def test_same_training(ranks, made):

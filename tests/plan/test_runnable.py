@@ -23,7 +23,7 @@ def _plan(*strategies: Strategy, base: Strategy = PLAIN, kind: LayerKind = Layer
         _plan(PLAIN, Strategy(tp=2, cp=2, dp=2)),
         _plan(Strategy(dp=8), Strategy(dp=8, expert_parallel=4), kind=LayerKind.MOE),
         _plan(PLAIN, Strategy(tp=4, sequence_parallel=SequenceParallel.ULYSSES, dp=2, zero=1)),
-        _plan(PLAIN, PLAIN, kind=LayerKind.MAMBA),
+        _plan(PLAIN, Strategy(dp=8), kind=LayerKind.MAMBA),
         _plan(PLAIN, replace(PLAIN, zero=2)),
         _plan(PLAIN, replace(PLAIN, zero=1, offload=Offload.OPTIMIZER)),
         _plan(PLAIN, base=replace(PLAIN, zero=3, offload=Offload.PARAMETERS)),
@@ -63,9 +63,16 @@ def test_what_can_be_executed(plan):
             "plan.base.sequence_parallel: ulysses; valid for the base: none, megatron",
         ),
         (
-            _plan(PLAIN, Strategy(dp=8), kind=LayerKind.MAMBA),
-            "plan layer 0: layers of kind mamba run only where all layers run alike; valid here: "
-            "block, moe_block, attention, mlp, moe",
+            _plan(PLAIN, Strategy(tp=2, cp=2, dp=2), kind=LayerKind.MAMBA),
+            "plan layer 1.cp: 2 with mamba; valid where layers differ: 1",
+        ),
+        (
+            _plan(
+                PLAIN,
+                Strategy(tp=2, sequence_parallel=SequenceParallel.ULYSSES, dp=4),
+                kind=LayerKind.MAMBA,
+            ),
+            "plan layer 1.sequence_parallel: ulysses with mamba; valid: none, megatron",
         ),
     ],
 )

@@ -18,6 +18,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MixedPrecisionOptimizer
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training import checkpointing, training
 from megatron.training.arguments import add_megatron_arguments
@@ -96,6 +97,15 @@ def test_the_facade_has_the_whole_interface_of_ddp():
 
 def test_random_streams_have_the_names_they_had():
     assert megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME == MODEL_PARALLEL_STREAM
+
+
+def test_latent_attention_asks_where_it_is_replaced():
+    """The planned class computes the latents and picks the class of queries in Megatron's place."""
+    source = inspect.getsource(MLASelfAttention)
+    assert "q_compressed, kv_combined = self._qkv_down_projection(hidden_states)" in source
+    assert "layer_classes = self._resolve_qk_norm_config(submodules)" in source
+    # With whole latents Megatron gathers nothing over its own group.
+    assert "if kv_combined.size(-1) != self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim" in source
 
 
 def test_planned_layers_are_megatron_layers():

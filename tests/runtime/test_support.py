@@ -147,9 +147,14 @@ def test_who_runs_stage_1_can_be_chosen():
         check_supported(uniform, arguments(galvatron_zero_backend="apex"))
 
 
-def test_kinds_that_cannot_run_are_named():
-    with pytest.raises(UnsupportedPlanError, match="mamba"):
-        check_supported(plan(ONE, TWO, kind=LayerKind.MAMBA), arguments())
+def test_scans_are_shared_out_by_heads_and_groups():
+    hybrid = {"hybrid_layer_pattern": "MM", "mamba_num_heads": None, "mamba_head_dim": 8, "hidden_size": 32}
+    mixed = plan(ONE, TWO, kind=LayerKind.MAMBA)
+    check_supported(mixed, arguments(**hybrid, mamba_num_groups=4, num_attention_heads=3))
+    with pytest.raises(UnsupportedPlanError, match="layer 1: 2 ranks do not divide --mamba-num-groups 3"):
+        check_supported(mixed, arguments(**hybrid, mamba_num_groups=3))
+    with pytest.raises(UnsupportedPlanError, match="layer 1: 2 ranks do not divide --mamba-num-heads 9"):
+        check_supported(mixed, arguments(**hybrid | {"mamba_head_dim": 7}, mamba_num_groups=4))
 
 
 def test_latents_are_shared_out_by_local_layers_only():
