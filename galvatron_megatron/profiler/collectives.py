@@ -146,32 +146,47 @@ def _operation(collective: str, group: dist.ProcessGroup, count: int) -> Callabl
 
 
 def _measure_size(
-    operation: Callable[[], None], clock: Clock, group: dist.ProcessGroup, budget_seconds: float
-) -> float:
-    """Undisturbed seconds of one call on this rank; as many repeats as the budget allows, three at least."""
+    operation: Callable[[], None], clock: Clock, scope: dist.ProcessGroup, budget_seconds: float
+) -> tuple[float, float]:
+    """Times one call as often as the budget allows, three times at least.
+
+    Args:
+        operation: the call.
+        clock: the device's.
+        scope: the ranks that make the call at the same time.
+        budget_seconds: time to spend on it.
+
+    Returns:
+        Undisturbed seconds until the last rank was done, as far as this rank knows, and of this rank itself.
+    """
     operation()
     clock.synchronize()
-    dist.barrier(group=group)
-    marks = [clock.mark()]
-    operation()
-    marks.append(clock.mark())
-    clock.synchronize()
-    first = torch.tensor([clock.seconds(*marks)], device="cuda", dtype=torch.float64)
-    dist.all_reduce(first, op=dist.ReduceOp.MAX, group=group)
-    seconds = max(first.item(), 1e-6)
-    samples = []
-    if seconds < budget_seconds / 3:
+
+    def timed(repeats: int) -> list[float]:
+        dist.barrier(group=scope)
+        marks = [clock.mark()]
+        for _ in range(repeats):
+            operation()
+            marks.append(clock.mark())
+        clock.synchronize()
+        return [clock.seconds(a, b) for a, b in pairwise(marks)]
+
+    samples = timed(1)
+    first = max(_latest(samples, scope)[0], 1e-6)
+    if first < budget_seconds / 3:
         # Short messages still warm up in their second call, which therefore does not count.
-        repeats = int(min(25, budget_seconds / seconds))
-    else:
-        samples, repeats = [clock.seconds(*marks)], 2
-    dist.barrier(group=group)
-    marks = [clock.mark()]
-    for _ in range(repeats):
-        operation()
-        marks.append(clock.mark())
-    clock.synchronize()
-    return undisturbed([*samples, *(clock.seconds(a, b) for a, b in pairwise(marks))])[0]
+        own = undisturbed(timed(int(min(25, budget_seconds / first))))[0]
+        return own, own
+    # Groups that share a link do not share every message evenly: they start together, and the last one counts.
+    samples += [timed(1)[0] for _ in range(2)]
+    return undisturbed(_latest(samples, scope))[0], undisturbed(samples)[0]
+
+
+def _latest(samples: list[float], scope: dist.ProcessGroup) -> list[float]:
+    """Of every sample the largest of all ranks'."""
+    found = torch.tensor(samples, device="cuda", dtype=torch.float64)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=scope)
+    return found.tolist()
 
 
 def measure_curve(
@@ -195,25 +210,29 @@ def measure_curve(
 
     Returns:
         The curve, equal on every rank: the lower quartile over repeats, the maximum over ranks. And the seconds
-        of every rank for all sizes, by rank.
+        of every rank for all sizes, by rank; zero where it did not take part.
     """
     shape = siblings.shape
     clock = Clock()
     sizes = message_sizes(largest_bytes, contention=contention)
     times = []
+    own_seconds = 0.0
+    scope = dist.group.WORLD if contention else siblings.handle
     for size in sizes:
         count = max(size // 4 // shape.ranks, 1) * shape.ranks
         dist.barrier()
         seconds = 0.0
         if contention or siblings.first:
             operation = _operation(collective, siblings.handle, count)
-            seconds = _measure_size(operation, clock, siblings.handle, seconds_per_size)
+            seconds, own = _measure_size(operation, clock, scope, seconds_per_size)
+            own_seconds += own
         times.append(seconds)
     if collective == "send":
         # The word back takes as long as the shortest message there; where the machine was disturbed during the
         # shortest one, a longer one may seem to take less than that.
         times = [max(seconds - times[0] / 2, times[0] / 2) for seconds in times]
-    by_rank = gather(times)
+    answers = gather((times, own_seconds))
+    by_rank = [entry for entry, _ in answers]
     points = tuple(zip(sizes, map(max, zip(*by_rank, strict=True)), strict=True))
     latency, slope, residual = latency_bandwidth(points)
     curve = CollectiveCurve(
@@ -227,4 +246,4 @@ def measure_curve(
         residual=residual,
         points=points,
     )
-    return curve, [sum(times) for times in by_rank]
+    return curve, [own for _, own in answers]

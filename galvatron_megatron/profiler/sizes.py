@@ -7,8 +7,8 @@ from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
 from galvatron_megatron.profiler.needs import ProfileNeeds
 
 STRAIGHT = 0.1
-"""A curve is straight where its middle is this close to the line through its ends, relative to the line. A
-smooth curve is then within a quarter of that from the two lines through ends and middle."""
+"""A curve is straight where its middle is this close to the line through its ends, relative to the line (of
+all that is measured together: a head that takes a hundredth of a pass may well be bent). A smooth curve is then within a quarter of that from the two lines through ends and middle."""
 FAR = 4
 """What recomputation adds is measured up to the middle of a straight curve where that is as many times the
 smallest size; nearer, a disturbance of the two points would turn the line through them."""
@@ -30,10 +30,8 @@ def is_straight(times: Times, sizes: Sequence[int]) -> bool:
     if between is None or low is None or high is None or inside is None:
         return False
     share = (between - first) / (last - first)
-    return all(
-        abs(found - (a + share * (b - a))) <= STRAIGHT * (a + share * (b - a))
-        for a, b, found in zip(low, high, inside, strict=True)
-    )
+    lines = [a + share * (b - a) for a, b in zip(low, high, strict=True)]
+    return all(abs(found - line) <= STRAIGHT * sum(lines) for found, line in zip(inside, lines, strict=True))
 
 
 def sizes_to_measure(times: Times, sizes: Sequence[int]) -> list[int]:

@@ -38,6 +38,8 @@ def test_a_bent_curve_gets_more_points_where_it_is_bent():
     assert measured(lambda size: (1 + max(0, size - 8) * 5,)) == [1, 4, 8, 16, 32]
     # Bent in one of two values that are measured together.
     assert measured(lambda size: (size, 1 + max(0, size - 8))) == [1, 4, 8, 16, 32]
+    # Of no weight in both together.
+    assert measured(lambda size: (100 * size, 1 + max(0, size - 8))) == [1, 8, 32]
     assert measured(lambda size: (10 if size == 4 else 1 + size,)) == [1, 8, 32]
 
 
