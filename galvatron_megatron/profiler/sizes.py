@@ -8,7 +8,8 @@ from galvatron_megatron.profiler.needs import ProfileNeeds
 
 STRAIGHT = 0.1
 """A curve is straight where its middle is this close to the line through its ends, relative to the line (of
-all that is measured together: a head that takes a hundredth of a pass may well be bent). A smooth curve is then within a quarter of that from the two lines through ends and middle."""
+all that is measured together: a head that takes a hundredth of a pass may well be bent). A smooth curve is then
+within a quarter of that from the two lines through ends and middle."""
 FAR = 4
 """What recomputation adds is measured up to the middle of a straight curve where that is as many times the
 smallest size; nearer, a disturbance of the two points would turn the line through them."""
