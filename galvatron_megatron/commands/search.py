@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -34,6 +35,7 @@ from galvatron_megatron.search.decision_tree import Space
 from galvatron_megatron.search.engine import Progress as SearchProgress
 from galvatron_megatron.search.engine import search
 from galvatron_megatron.search.explanation import explain
+from galvatron_megatron.search.host_memory import search_within_hosts
 from galvatron_megatron.search.request import UNIFORM_MARGIN, SearchRequest
 from galvatron_megatron.search.reranking import rerank
 
@@ -159,10 +161,19 @@ def run(arguments: argparse.Namespace) -> int:
         )
         cost_model = GalvatronCostModel(model, profile)
         request = replace(request, allow_cp=False, allow_plain_tp=False, allow_expert_parallel=False)
+    note = None
     with _ProgressBar(quiet=arguments.json) as bar:
-        result = search(request, cost_model, progress=bar.show)
-    if isinstance(cost_model, AnalyticCostModel):
-        result = rerank(result, request, cost_model)
+        if isinstance(cost_model, AnalyticCostModel):
+            result, note = search_within_hosts(
+                request,
+                cost_model,
+                0 if cluster.host is None else int(cluster.host.memory_gib * 2**30),
+                lambda asked: rerank(search(asked, cost_model, progress=bar.show), asked, cost_model),
+            )
+        else:
+            result = search(request, cost_model, progress=bar.show)
+    if note is not None:
+        print(f"galvatron: {note}", file=sys.stderr)
     marks = Fingerprints(model=model.fingerprint(), cluster=cluster.fingerprint())
     result = replace(result, plan=replace(result.plan, fingerprints=marks))
     explanation = None

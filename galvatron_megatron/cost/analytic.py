@@ -24,10 +24,11 @@ from galvatron_megatron.cost.memory import (
     state_bytes,
 )
 from galvatron_megatron.cost.offload import (
-    HostTraffic,
+    host_bytes,
     host_traffic,
     kept_on_device,
     link_seconds,
+    link_source,
     update_seconds,
 )
 from galvatron_megatron.cost.options import RunOptions
@@ -200,9 +201,7 @@ class AnalyticCostModel:
 
     def priced_layer(self, layer: int, strategy: Strategy, setting: Setting) -> PricedLayer:
         """Prices a layer term by term."""
-        return self._priced(
-            self.model.layers[layer], strategy, setting.micro_batch_samples, setting.micro_batches
-        )
+        return self._priced(self.model.layers[layer], strategy, setting.micro_batch_samples)
 
     def priced_embedding(self, setting: Setting) -> PricedLayer:
         """Prices the embedding term by term."""
@@ -267,12 +266,12 @@ class AnalyticCostModel:
     def _element(self):
         return parameter_bytes(self.model.precision, self.options)
 
-    def _price_layer(self, layer: Layer, strategy: Strategy, samples: int, micro_batches: int) -> PricedLayer:
-        return self._price(self._counts.layer(layer, strategy, samples // strategy.dp), strategy, micro_batches)
+    def _price_layer(self, layer: Layer, strategy: Strategy, samples: int) -> PricedLayer:
+        return self._price(self._counts.layer(layer, strategy, samples // strategy.dp), strategy)
 
     def _price_embedding(self, setting: Setting) -> PricedLayer:
         counts = self._counts.embedding(setting.base, setting.micro_batch_size)
-        return self._price(counts, setting.base, setting.micro_batches)
+        return self._price(counts, setting.base)
 
     def _price_head(self, setting: Setting) -> PricedLayer:
         counts = self._counts.head(setting.base, setting.micro_batch_size)
@@ -280,7 +279,6 @@ class AnalyticCostModel:
         return self._price(
             counts,
             setting.base,
-            setting.micro_batches,
             shared_weight=counts.parameters_sharded if tied and setting.pp == 1 else 0,
             copied_weight=counts.parameters_sharded if tied and setting.pp > 1 else 0,
             copy_stride=setting.base.ranks * (setting.pp - 1),
@@ -290,7 +288,6 @@ class AnalyticCostModel:
         self,
         counts: LayerCounts,
         strategy: Strategy,
-        micro_batches: int,
         *,
         shared_weight: int = 0,
         copied_weight: int = 0,
@@ -301,7 +298,6 @@ class AnalyticCostModel:
         Args:
             counts: of one micro-batch on one rank.
             strategy: how the layer runs.
-            micro_batches: per step.
             shared_weight: parameters that are the embedding's own (tied, same rank): no state of their own.
             copied_weight: parameters kept equal with the first stage's by one more all-reduce.
             copy_stride: distance between the first and the last stage's ranks.
@@ -342,9 +338,10 @@ class AnalyticCostModel:
                 Term(name=f"{name} sharded parameters", value=sharded),
             ]
             phases[name] = total + sharded
-        for name, moved in self._offload_seconds(traffic, micro_batches).items():
-            terms.append(Term(name=f"{name} offloading", value=moved))
-            phases[name] += moved
+        fetched = link_seconds(traffic.fetched_per_pass, cluster)
+        for name in phases:
+            terms.append(Term(name=f"{name} offloading", value=fetched, source=link_source(cluster)))
+            phases[name] += fetched
         sync = self._sync_terms(counts, shares, strategy, sent, phases)
         if copied_weight:
             size = copied_weight * element.gradient
@@ -391,6 +388,7 @@ class AnalyticCostModel:
             state_terms=state_terms,
             activation_terms=kept,
             slack_bytes=slack,
+            host_bytes=host_bytes(shares, strategy, element),
         )
 
     def _phase_work(self, counts: LayerCounts, strategy: Strategy, phases: tuple[str, ...]) -> _PhaseWork:
@@ -430,7 +428,7 @@ class AnalyticCostModel:
                 self._element,
                 modules=modules,
                 recompute=strategy.recompute,
-                deepspeed=self.options.deepspeed_zero_1,
+                deepspeed=self.options.deepspeed_zero_1 or strategy.offload is not Offload.NONE,
             ):
                 each = entry.bytes / entry.count
                 seconds = entry.count * collective_seconds(
@@ -454,17 +452,6 @@ class AnalyticCostModel:
         return exposed + (
             exposed_seconds(reduce, total, slowdown) if self.options.overlap_gradients else reduce
         )
-
-    def _offload_seconds(self, traffic: HostTraffic, micro_batches: int) -> dict[str, float]:
-        """What the link to the host adds to the phases of every micro-batch: DeepSpeed waits for its copies."""
-        # In every micro-batch but the first, what was stored comes back to be added to.
-        added = (micro_batches - 1) / micro_batches * traffic.stored_per_micro_batch
-        return {
-            "forward": link_seconds(traffic.fetched_per_pass, self.cluster),
-            "backward": link_seconds(
-                traffic.fetched_per_pass + traffic.stored_per_micro_batch + added, self.cluster
-            ),
-        }
 
     def _exchanges(
         self, counts: LayerCounts, strategy: Strategy, phases: tuple[str, ...]
@@ -547,6 +534,7 @@ class AnalyticCostModel:
                 Term(
                     name="offloading gradients and weights",
                     value=link_seconds(moved.stored_per_step + moved.returned_per_step, cluster),
+                    source=link_source(cluster),
                 ),
                 Term(name="optimizer on the host", value=update_seconds(moved.updated_per_step, cluster)),
             ]

@@ -12,6 +12,8 @@ from galvatron_megatron.describe.cluster import GB, Cluster, Host
 from galvatron_megatron.errors import DescriptionError
 from galvatron_megatron.plan.strategy import Offload, Strategy
 
+_FP32_BYTES = 4
+
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class HostTraffic:
@@ -19,10 +21,8 @@ class HostTraffic:
 
     fetched_per_pass: float = 0.0
     """Weight shards to the device, in every forward and every backward pass of a micro-batch."""
-    stored_per_micro_batch: float = 0.0
-    """Gradient shards to the host."""
     stored_per_step: float = 0.0
-    """Gradient shards to the host where they are complete only at the end of the step."""
+    """Gradient shards to the host, in fp32: they add up on the device."""
     returned_per_step: float = 0.0
     """Updated weight shards to the device."""
     updated_per_step: float = 0.0
@@ -43,17 +43,14 @@ def host_traffic(shares: Iterable[Share], strategy: Strategy, element: ElementBy
     if strategy.offload is Offload.NONE:
         return HostTraffic()
     parameters = sum(-(-share.parameters // share.sharding) for share in shares)
-    gradient = parameters * element.gradient
     weights = parameters * element.weight
     master = element.optimizer if element.weight < 4 else element.optimizer + element.weight
     fetches = strategy.offload is Offload.PARAMETERS
-    early = strategy.zero >= 2
     return HostTraffic(
         fetched_per_pass=weights if fetches else 0.0,
-        stored_per_micro_batch=gradient if early else 0.0,
-        stored_per_step=0.0 if early else gradient,
+        stored_per_step=parameters * _FP32_BYTES,
         returned_per_step=0.0 if fetches else weights,
-        updated_per_step=parameters * (2 * master + 4 + element.weight),
+        updated_per_step=parameters * (2 * master + _FP32_BYTES + element.weight),
     )
 
 
@@ -67,6 +64,11 @@ def link_seconds(size: float, cluster: Cluster) -> float:
         return 0.0
     host = _host(cluster)
     return size / (host.gb_per_second * GB * host.efficiency)
+
+
+def link_source(cluster: Cluster) -> str:
+    """How the time of copies is known, as terms are tagged."""
+    return "measured" if cluster.host is not None and cluster.host.source == "measured" else "modelled"
 
 
 def update_seconds(size: float, cluster: Cluster) -> float:
@@ -90,7 +92,7 @@ def _host(cluster: Cluster) -> Host:
 def kept_on_device(state: StateBytes, strategy: Strategy) -> StateBytes:
     """What is left of a layer's states on the device.
 
-    Optimizer states go; gradients go where ZeRO shards them; weights go with ``parameters``.
+    Optimizer states go, weights go with ``parameters``; gradients stay, to add up, until the step.
 
     Args:
         state: without offloading.
@@ -98,6 +100,24 @@ def kept_on_device(state: StateBytes, strategy: Strategy) -> StateBytes:
     """
     if strategy.offload is Offload.NONE:
         return state
-    gradients = 0 if strategy.zero >= 2 else state.gradients
     weights = 0 if strategy.offload is Offload.PARAMETERS else state.weights
-    return replace(state, weights=weights, gradients=gradients, optimizer=0)
+    return replace(state, weights=weights, optimizer=0)
+
+
+def host_bytes(shares: Iterable[Share], strategy: Strategy, element: ElementBytes) -> int:
+    """What a rank keeps in host memory for a layer.
+
+    fp32 main weights, gradient and both moments; stages 1 and 2 keep a copy of the new weights in the width the
+    layers compute in, stage 3 keeps those where weights are offloaded (fp32 ones are their own main weights).
+
+    Args:
+        shares: parameters of the rank by who replicates them.
+        strategy: of the layer.
+        element: bytes of one parameter by purpose.
+    """
+    if strategy.offload is Offload.NONE:
+        return 0
+    parameters = sum(-(-share.parameters // share.sharding) for share in shares)
+    own_weights = strategy.offload is Offload.PARAMETERS and element.weight < _FP32_BYTES
+    weights = element.weight if strategy.zero < 3 or own_weights else 0
+    return parameters * (4 * _FP32_BYTES + weights)

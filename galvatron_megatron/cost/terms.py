@@ -37,3 +37,5 @@ class PricedLayer:
     """Bytes per live micro-batch; they add up to ``cost.activation_bytes`` without slack."""
     slack_bytes: int = 0
     """Part of ``cost.activation_bytes`` that is allocator rounding and fragmentation."""
+    host_bytes: int = 0
+    """States that a rank keeps in host memory."""

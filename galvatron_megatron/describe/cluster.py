@@ -122,9 +122,15 @@ class Host:
     """Bandwidth of the host's memory, divided by the devices of the node, in 1e9 bytes per second."""
     efficiency: float = 0.8
     """Fraction of the link's bandwidth that copies from and to page-locked memory reach."""
+    memory_gib: float = 0.0
+    """Memory of a node that offloaded states may fill, in GiB; 0 where it is not known, and not checked."""
+    source: str = "constant"
+    """``measured`` where the bandwidths are what the live ranks reached, else ``constant``."""
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "cluster host")
+        _check_numbers(self, "cluster host", zero_allowed=("memory_gib",))
+        if self.source not in ("constant", "measured"):
+            raise DescriptionError(f"cluster host.source: {shown(self.source)}; valid: constant, measured")
         if self.efficiency > 1:
             raise DescriptionError(f"cluster host.efficiency: {self.efficiency}; valid: a number > 0 and <= 1")
 
@@ -260,6 +266,10 @@ class Cluster:
         if self.host is None:
             # A cluster of which nothing more is said keeps the fingerprint that it had.
             del content["host"]
+        else:
+            del content["host"]["source"]
+            if not self.host.memory_gib:
+                del content["host"]["memory_gib"]
         if not self.layer_factors:
             del content["layer_factors"]
         for link in ("intra_node", "inter_node"):

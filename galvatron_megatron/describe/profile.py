@@ -223,7 +223,9 @@ class Profile:
     overlaps: tuple[Overlap, ...] = ()
     speeds: tuple[tuple[str, float], ...] = ()
     """(name, value) of the device: ``bfloat16``, ``float16`` and ``float32`` matrix operations per second,
-    ``copy`` bytes per second, all ranks of the job at work; ``memory`` bytes of a device."""
+    ``copy`` bytes per second, ``to_host`` and ``from_host`` between a device and page-locked host memory,
+    ``host_memory`` (read and written) inside that, all ranks of the job at work; ``memory`` bytes of a device,
+    ``node_memory`` of its host."""
     notes: tuple[str, ...] = ()
     """What a reader should know: slow ranks, failed measurements."""
     schema_version: int = field(default=SCHEMA_VERSION)

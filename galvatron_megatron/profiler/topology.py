@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from galvatron_megatron.describe.cluster import Cluster, Constants, Device, Link
+from galvatron_megatron.describe.cluster import Cluster, Constants, Device, Host, Link
 from galvatron_megatron.describe.host import processor_name, software_versions
 from galvatron_megatron.describe.profile import Profile, Provenance
 from galvatron_megatron.errors import GalvatronError
@@ -38,7 +39,7 @@ def facts_of_this_rank() -> RankFacts:
     place = namespace.readlink().name if namespace.is_symlink() else ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if on_cpu():
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = _host_memory_bytes()
         device, multiprocessors = processor_name(), cores
     else:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -114,7 +115,8 @@ def measure_speeds(facts: list[RankFacts]) -> tuple[tuple[str, float], ...]:
     if cpu:
         # CPU ranks share the host's memory.
         memory //= Counter(entry.node for entry in facts).most_common(1)[0][1]
-    return (*_device_speed(256 if cpu else 8192, 8 << 20 if cpu else 512 << 20), ("memory", float(memory)))
+    copied = 8 << 20 if cpu else 512 << 20
+    return (*_device_speed(256 if cpu else 8192, copied), *_host_speed(copied), ("memory", float(memory)))
 
 
 def cluster_from_ranks(profile: Profile, *, memory_gb: float | None = None) -> Cluster:
@@ -144,10 +146,24 @@ def cluster_from_ranks(profile: Profile, *, memory_gb: float | None = None) -> C
             memory_gb_per_second=speeds["copy"] / 1e9,
             processors=place.multiprocessors,
         ),
+        host=_host(speeds),
         intra_node=inside,
         inter_node=_link(profile, across_nodes=True) if place.nodes > 1 else inside,
         constants=_constants(profile),
         sources=(f"measured on the live ranks, profile {profile.fingerprint()}",),
+    )
+
+
+def _host(speeds: dict[str, float]) -> Host | None:
+    """Hosts as their devices met them; None in profiles that were made before this was measured."""
+    if "to_host" not in speeds:
+        return None
+    return Host(
+        gb_per_second=min(speeds["to_host"], speeds["from_host"]) / 1e9,
+        memory_gb_per_second=speeds["host_memory"] / 1e9,
+        efficiency=1.0,
+        memory_gib=speeds["node_memory"] / 2**30,
+        source="measured",
     )
 
 
@@ -181,29 +197,62 @@ def _link(profile: Profile, *, across_nodes: bool) -> Link:
     return Link(gb_per_second=1.0, latency_us=0.0, efficiency=1.0, base_us=0.0)
 
 
+def _seconds(work: Callable[[], object]) -> float:
+    """Lower quartile of a few repeats, after one that is not counted."""
+    clock = Clock()
+    work()
+    times = []
+    for _ in range(5):
+        start = clock.mark()
+        work()
+        end = clock.mark()
+        clock.synchronize()
+        times.append(clock.seconds(start, end))
+    return undisturbed(times)[0]
+
+
+def _slowest(names: tuple[str, ...], found: list[float]) -> tuple[tuple[str, float], ...]:
+    """The slowest rank's speeds, by name."""
+    return tuple(zip(names, (min(values) for values in zip(*gather(found), strict=True)), strict=True))
+
+
+def _host_speed(copied_bytes: int) -> tuple[tuple[str, float], ...]:
+    """Copies between device and page-locked host memory and inside host memory, all ranks at work.
+
+    On CPU ranks, where the host is the device, all three are copies inside its memory. A copy inside memory
+    counts twice: what it reads and what it writes.
+    """
+    page_locked = not on_cpu()
+    near, far = (torch.zeros(copied_bytes, device="cpu", dtype=torch.uint8) for _ in range(2))
+    if page_locked:
+        near = near.pin_memory()
+    device = torch.zeros(copied_bytes, device="cuda", dtype=torch.uint8)
+    found = [
+        copied_bytes / _seconds(lambda: near.copy_(device, non_blocking=True)),
+        copied_bytes / _seconds(lambda: device.copy_(near, non_blocking=True)),
+    ]
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        far.copy_(near)
+        times.append(time.perf_counter() - start)
+    found += [2 * copied_bytes / undisturbed(times)[0], float(_host_memory_bytes())]
+    return _slowest(("to_host", "from_host", "host_memory", "node_memory"), found)
+
+
+def _host_memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _device_speed(size: int, copied_bytes: int) -> tuple[tuple[str, float], ...]:
     """Square matrix products and a copy, all ranks at work, the slowest rank's speed."""
-    clock = Clock()
-
-    def seconds(work: Callable[[], object]) -> float:
-        work()
-        times = []
-        for _ in range(5):
-            start = clock.mark()
-            work()
-            end = clock.mark()
-            clock.synchronize()
-            times.append(clock.seconds(start, end))
-        return undisturbed(times)[0]
-
     found = []
     for kind in (torch.bfloat16, torch.float16, torch.float32):
         a, b = (torch.ones((size, size), device="cuda", dtype=kind) for _ in range(2))
-        found.append(2 * size**3 / seconds(lambda a=a, b=b: torch.mm(a, b)))
+        found.append(2 * size**3 / _seconds(lambda a=a, b=b: torch.mm(a, b)))
     source, target = (torch.zeros(copied_bytes, device="cuda", dtype=torch.uint8) for _ in range(2))
-    found.append(copied_bytes / seconds(lambda: target.copy_(source)))
-    slowest = [min(values) for values in zip(*gather(found), strict=True)]
-    return tuple(zip(("bfloat16", "float16", "float32", "copy"), slowest, strict=True))
+    found.append(copied_bytes / _seconds(lambda: target.copy_(source)))
+    return _slowest(("bfloat16", "float16", "float32", "copy"), found)
 
 
 def gather_facts() -> list[RankFacts]:

@@ -157,6 +157,12 @@ def test_a_model_too_large_for_the_devices_fits_with_host_memory(capsys, tmp_pat
     plan = read_plan(tmp_path / "plan.yaml")
     assert {layer.strategy.offload.value for layer in plan.layers} & {"optimizer", "parameters"}
     capsys.readouterr()
+    text = (Path(__file__).parents[2] / "configs/clusters/h100.yaml").read_text()
+    small = tmp_path / "small.yaml"
+    small.write_text(text.replace("memory_gib: 2048", "memory_gib: 1"))
+    assert main([*words, "--cluster", str(small), "--offload", "parameters"]) == 2
+    error = capsys.readouterr().err
+    assert "on a node that has 1.0; valid: less offloaded" in error and len(error.strip().splitlines()) == 1
     assert main([*words, "--offload", "parameters", "--max-zero", "1"]) == 2
     assert "--offload parameters: needs ZeRO 3" in capsys.readouterr().err
     assert main([*words, "--cluster", "l4", "--offload", "optimizer"]) == 2

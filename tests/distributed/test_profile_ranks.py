@@ -88,6 +88,9 @@ def test_two_ranks_measure_everything_once(ranks, first):
     model, profile, cluster, first_seconds = answers[0]
     assert all(answer[1:3] == (profile, cluster) for answer in answers)
     assert (cluster.nodes, cluster.devices_per_node) == (1, 2)
+    # The host as measured with both ranks at work: a copy inside memory, as fast as a device's own to a factor.
+    assert cluster.host.source == "measured" and cluster.host.memory_gib > 0.5
+    assert 0.05 < cluster.host.gb_per_second / cluster.device.memory_gb_per_second < 20
     assert read_profile(directory, profile.fingerprint()) == (profile, "")
     assert not [point for point in profile.parts if point.failure]
     layer = layer_digest(model.layers[0])
