@@ -12,6 +12,8 @@ from galvatron_megatron.profiler.process_group import gather
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
 REPEATS = 4
+LONG_SECONDS = 0.05
+"""A collective that takes longer is repeated half as often."""
 
 
 def slowdown(computation: float, communication: float, together: float) -> float:
@@ -55,9 +57,9 @@ def measure_overlap(collective: str, message_bytes: int) -> Overlap:
     size = 128 if on_cpu() else 4096
     a, b = (torch.ones((size, size), device="cuda") for _ in range(2))
 
-    def seconds(products: int, *, communicate: bool) -> float:
+    def seconds(products: int, *, communicate: bool, repeats: int) -> float:
         samples = []
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             dist.barrier()
             begin = clock.mark()
             work = start() if communicate else None
@@ -70,11 +72,12 @@ def measure_overlap(collective: str, message_bytes: int) -> Overlap:
             samples.append(clock.seconds(begin, end))
         return undisturbed(samples)[0]
 
-    seconds(1, communicate=True)
-    communication = seconds(0, communicate=True)
-    one = max(seconds(20, communicate=False) / 20, 1e-7)
+    warm_up = max(gather(seconds(1, communicate=True, repeats=1)))
+    repeats = REPEATS if warm_up < LONG_SECONDS else REPEATS // 2
+    communication = seconds(0, communicate=True, repeats=repeats)
+    one = max(seconds(20, communicate=False, repeats=REPEATS) / 20, 1e-7)
     # Both sides of about the same length, the same number of products on every rank.
     products = max(1, round(max(gather(communication)) / max(gather(one))))
-    computation = seconds(products, communicate=False)
-    together = seconds(products, communicate=True)
+    computation = seconds(products, communicate=False, repeats=repeats)
+    together = seconds(products, communicate=True, repeats=repeats)
     return Overlap(collective=collective, slowdown=max(gather(slowdown(computation, communication, together))))

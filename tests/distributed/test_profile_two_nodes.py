@@ -92,7 +92,7 @@ def check_nodes_and_link(profile: Profile, mega_bytes_per_second: float) -> Clus
 def test_two_nodes_and_the_limit_of_a_slow_link_are_found(tmp_path):
     if reason := why_not():
         pytest.skip(reason)
-    check_nodes_and_link(profile_over("200mbit", tmp_path, [1]), 25)
+    check_nodes_and_link(profile_over("600mbit", tmp_path, [1]), 75)
 
 
 @pytest.mark.distributed
