@@ -1,7 +1,8 @@
 """Hybrid layers (attention, dense MLP, mixture of experts) from Megatron's local modules.
 
 Megatron's own hybrid spec has Transformer Engine modules, which need a GPU; this one goes into ``--spec`` in
-its place. Mamba layers need CUDA kernels in any case and are left out.
+its place. Mamba layers need CUDA kernels in any case. A layer without a spec would be built as one that does
+nothing, so those that are not here say so.
 """
 
 from functools import partial
@@ -22,6 +23,8 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
+
+from galvatron_megatron.errors import GalvatronError
 
 attention_layer = ModuleSpec(
     module=TransformerLayer,
@@ -59,7 +62,29 @@ moe_layer = ModuleSpec(
         mlp_bda=get_bias_dropout_add,
     ),
 )
+
+
+def _missing(name: str) -> type:
+    """What raises in place of building a layer."""
+
+    def refuse(layer: object, *args: object, **options: object) -> None:
+        raise GalvatronError(
+            f"device cpu: --hybrid-layer-pattern has {name}; valid on CPU ranks: * (attention), - (MLP), "
+            "E (mixture of experts)"
+        )
+
+    return type("MissingLayer", (), {"__init__": refuse})
+
+
 hybrid_stack_spec = ModuleSpec(
     module=HybridStack,
-    submodules=HybridStackSubmodules(attention_layer=attention_layer, mlp_layer=mlp_layer, moe_layer=moe_layer),
+    submodules=HybridStackSubmodules(
+        attention_layer=attention_layer,
+        mlp_layer=mlp_layer,
+        moe_layer=moe_layer,
+        mamba_layer=_missing("M (Mamba)"),
+        gdn_layer=_missing("G (gated delta net)"),
+        dsa_layer=_missing("D (sparse attention)"),
+        mla_layer=_missing("+ (multi-latent attention)"),
+    ),
 )

@@ -1,12 +1,14 @@
 import os
+import re
 import time
 from argparse import Namespace
 
 import pytest
 import torch
+from megatron.core.transformer.spec_utils import build_module
 
 from galvatron_megatron.errors import GalvatronError
-from galvatron_megatron.integration import cpu_device
+from galvatron_megatron.integration import cpu_device, local_hybrid_spec
 from galvatron_megatron.integration.cpu_device import CpuDevice
 from galvatron_megatron.integration.cpu_megatron import counts_on_the_host
 from galvatron_megatron.integration.cpu_stand_ins import Event, MemoryCounters, stand_ins
@@ -122,3 +124,10 @@ def test_numbers_of_tokens_are_sizes_that_an_all_to_all_takes():
     assert list(counts_on_the_host(counts, as_numpy=True)) == [3, 1]
     assert not torch.is_tensor(counts_on_the_host(counts, as_numpy=True))
     assert counts_on_the_host(None, as_numpy=True) is None
+
+
+@pytest.mark.parametrize(("layer", "symbol"), [("mamba_layer", "M"), ("mla_layer", "+")])
+def test_layers_that_are_not_there_are_not_built_as_layers_that_do_nothing(layer, symbol):
+    submodules = local_hybrid_spec.hybrid_stack_spec.submodules
+    with pytest.raises(GalvatronError, match=re.escape(f"--hybrid-layer-pattern has {symbol} (")):
+        build_module(getattr(submodules, layer), config=None, layer_number=1)
