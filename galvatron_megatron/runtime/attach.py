@@ -14,6 +14,7 @@ attached (megatron-core 0.19; ``tests/runtime/test_attach.py`` notices when one 
 
 import copy
 import dataclasses
+import weakref
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -69,6 +70,7 @@ class Attachment:
         self.plan = plan
         self._args = args
         self._context: RuntimeContext | None = None
+        self._models: weakref.WeakSet[PlannedDataParallel] = weakref.WeakSet()
         self._originals = [(owner, name, getattr(owner, name)) for owner, name in HOOKED]
         if is_left_to_megatron(plan, args):
             replacements: tuple[Any, ...] = tuple(original for _, _, original in self._originals)
@@ -100,7 +102,7 @@ class Attachment:
         return self._context
 
     def detach(self, *, keep_groups: bool = False) -> None:
-        """Puts Megatron back as it was.
+        """Puts Megatron back as it was and destroys the plan's groups; its models cannot be trained on.
 
         Args:
             keep_groups: leave the plan's groups to a model that is still in use.
@@ -108,6 +110,8 @@ class Attachment:
         for owner, name, original in self._originals:
             setattr(owner, name, original)
         if self._context is not None and not keep_groups:
+            for model in self._models:
+                _let_go(model)
             self._context.destroy()
             self._context = None
 
@@ -156,6 +160,7 @@ class Attachment:
 
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, runtime=attachment.context, **kwargs)
+                attachment._models.add(self)
 
         return AttachedDataParallel
 
@@ -209,6 +214,16 @@ def uninstall() -> None:
     if _attached is not None:
         _attached.detach()
         _attached = None
+
+
+def _let_go(model: PlannedDataParallel) -> None:
+    """Lets a model be collected, with the groups it refers to and the threads of their communicators.
+
+    Megatron's training loop hangs the optimizer onto the model's config. The distributed optimizer's shards of
+    fp32 parameters are views, which hold nodes of autograd whose hooks hold the model: a circle that leaves
+    Python, which no garbage collection finds.
+    """
+    model.config.grad_scale_func = None
 
 
 def _adopt_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:

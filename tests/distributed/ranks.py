@@ -22,10 +22,11 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
-CASES_OF_A_PROCESS = 20
-"""Cases after which ranks are started anew: gloo threads of groups that Megatron still refers to add up."""
+THREADS_OF_A_PROCESS = 1000
+"""Threads with which ranks are started anew: Gloo's of groups that DeepSpeed's engines keep of each case."""
 
 
 class RankError(AssertionError):
@@ -52,7 +53,6 @@ class Ranks:
         self.timeout_seconds = timeout_seconds
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._pipes: list[Connection] = []
-        self._cases = 0
 
     def run(
         self, function: Callable[..., Any], *args: Any, timeout_seconds: float | None = None, **kwargs: Any
@@ -71,11 +71,10 @@ class Ranks:
         Raises:
             RankError: it raised on a rank, a rank died, or time ran out.
         """
-        if self._cases >= CASES_OF_A_PROCESS:
+        if self._processes and _threads(self._processes[0].pid) > THREADS_OF_A_PROCESS:
             self.close()
         if not self._processes:
             self._start()
-        self._cases += 1
         for pipe in self._pipes:
             pipe.send((function.__module__, function.__qualname__, args, kwargs))
         try:
@@ -100,7 +99,7 @@ class Ranks:
             process.join()
         for pipe in self._pipes:
             pipe.close()
-        self._processes, self._pipes, self._cases = [], [], 0
+        self._processes, self._pipes = [], []
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -141,6 +140,11 @@ class Ranks:
         return [answers[rank] for rank in range(self.world_size)]
 
 
+def _threads(process: int | None) -> int:
+    """How many threads a process has; none where the system does not say."""
+    return len(list(Path("/proc", str(process), "task").glob("*")))
+
+
 def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
     """The life of a rank."""
     os.environ |= {
@@ -176,6 +180,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
             # hold threads, and hundreds of them would slow down all later cases.
             if dist.is_initialized():
                 gc.collect()
+                gc.freeze()  # modules, mostly: Megatron and DeepSpeed collect garbage several times in a job
                 dist.destroy_process_group()
             own_store = dist.PrefixStore(f"case {case}", store)
             dist.init_process_group("gloo", store=own_store, rank=rank, world_size=world_size)

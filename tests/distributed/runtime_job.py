@@ -362,5 +362,7 @@ def run_case(case: dict) -> dict:
         if undo is not None:
             undo()
         attach.uninstall()
+        for model in models:
+            model.config.grad_scale_func = None  # the optimizer, which keeps stock models alive as well
         training.destroy_global_state()
     return seen
