@@ -35,12 +35,14 @@ from megatron.training.global_vars import set_global_variables
 from runtime_cases import CLIP
 from runtime_memory import measure_at_norm
 from runtime_mutations import MUTATIONS
+from universal_files import write_universal
 
 from galvatron_megatron.integration import cpu_device
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.strategy import Offload, Recompute, SequenceParallel, Strategy
 from galvatron_megatron.runtime import attach
+from galvatron_megatron.runtime.universal import load_universal_checkpoint
 from galvatron_megatron.runtime.zero import is_left_to_megatron
 from galvatron_megatron.runtime.zero_whole import whole_parameters
 
@@ -314,13 +316,17 @@ def run_case(case: dict) -> dict:
     set_global_variables(args)
     undo = MUTATIONS[case["mutation"]]() if case.get("mutation") else None
     real_step, real_setup = training.train_step, training.setup_model_and_optimizer
-    models = []
+    models, steppers = [], []
 
     def setup(*arguments_, **options):
         model, optimizer, scheduler = real_setup(*arguments_, **options)
         if args.iteration == 0 and not case.get("keep_weights"):
             set_weights(model, optimizer)
         models.extend(model)
+        steppers.append(optimizer)
+        if case.get("universal"):
+            args.iteration = load_universal_checkpoint(case["universal"], model, optimizer)
+            args.consumed_train_samples = args.iteration * args.global_batch_size
         if case.get("measure"):
             seen["live"] = measure_at_norm(model, optimizer)
         return model, optimizer, scheduler
@@ -352,6 +358,8 @@ def run_case(case: dict) -> dict:
         if seen["planned"]:
             seen["created"] = [list(ranks) for ranks in attachment.context.registry.created]
             seen["received_bytes"] = attachment.context.traffic.received_bytes
+        if case.get("write_universal"):
+            write_universal(case["write_universal"], models, steppers[0], len(seen["skipped"]))
         seen["weights"] = gather_weights(models)
         seen["copies_differ"] = copies_differ(models)
         losses = [None] * world_size
