@@ -23,7 +23,7 @@ COMMANDS = {
     "profile": "measure the cluster and the model on the ranks at hand, or manage stored profiles",
     "export": "write a plan as Megatron arguments or for other tools",
     "validate": "hold the cost model against measured runs",
-    "calibrate": "fit a device's constants to measured runs",
+    "calibrate": "fit a device's constants to measured runs, or a profile to observed jobs",
 }
 
 

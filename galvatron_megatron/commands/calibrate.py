@@ -1,4 +1,4 @@
-"""``galvatron calibrate``: fits a cluster's constants to measured runs."""
+"""``galvatron calibrate``: fits a cluster's constants to measured runs, or a profile to what jobs observed."""
 
 import argparse
 import json
@@ -7,10 +7,12 @@ from pathlib import Path
 
 from rich.table import Table
 
+from galvatron_megatron.commands.calibrate_observed import is_observed, merge_observed
 from galvatron_megatron.cost.calibration import calibrate
 from galvatron_megatron.cost.layer_factors import LEAST_RUNS
 from galvatron_megatron.cost.records.tables import fitting_rows, read_table
 from galvatron_megatron.describe.cluster import cluster_document, read_cluster
+from galvatron_megatron.describe.profile_store import default_directory
 from galvatron_megatron.errors import DescriptionError
 from galvatron_megatron.plan.document import check_target, write_document
 from galvatron_megatron.report.terminal import terminal
@@ -21,6 +23,9 @@ examples:
       fits on a third of the rows, so that galvatron validate can judge on the rest
   galvatron calibrate runs.csv --cluster my-cluster.yaml --all-rows
       fits on every row
+  galvatron calibrate OBSERVED_DIR
+      merges what jobs wrote under --galvatron-observe into the stored profile,
+      which the next --galvatron-auto prices with
 """
 
 
@@ -28,12 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
-    parser.add_argument("table", type=Path, metavar="RUNS", help="CSV file of measured runs")
+    parser.add_argument(
+        "inputs",
+        type=Path,
+        nargs="+",
+        metavar="RUNS",
+        help="CSV file of measured runs; or files (.jsonl) or directories of --galvatron-observe",
+    )
     parser.add_argument(
         "--cluster",
         type=Path,
-        required=True,
-        help="cluster file, or a shipped name, that the runs were made on",
+        help="cluster file, or a shipped name, that the runs of a CSV file were made on",
     )
     parser.add_argument("--output", type=Path, help="write the cluster with the fitted constants here")
     parser.add_argument("--all-rows", action="store_true", help="fit on every row, not on a third of them")
@@ -45,11 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="do not learn, beside the constants, what layers took that at least three runs share",
     )
+    parser.add_argument(
+        "--profile-dir",
+        type=Path,
+        help=f"store of the profile that observed files are merged into (default: {default_directory()})",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Fits, prints the constants and the cross-validated error, and writes the cluster.
+    """Fits, prints the constants and the cross-validated error, and writes the cluster; or merges jobs.
 
     Returns:
         0.
@@ -57,12 +72,24 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         GalvatronError: an input cannot be read, or has too few runs.
     """
+    if is_observed(arguments.inputs):
+        for flag in ("cluster", "output", "all_rows", "constants_only"):
+            if getattr(arguments, flag):
+                raise DescriptionError(
+                    f"--{flag.replace('_', '-')}: goes with a CSV file of runs; valid: --profile-dir, --json"
+                )
+        return merge_observed(arguments.inputs, arguments.profile_dir, as_json=arguments.json)
+    if len(arguments.inputs) > 1 or arguments.cluster is None or arguments.profile_dir is not None:
+        raise DescriptionError(
+            f"{arguments.inputs[0]}: fits a cluster's constants; valid: one CSV file, with --cluster and "
+            "without --profile-dir (.jsonl files and directories are observed jobs)"
+        )
     if arguments.folds < 2:
         raise DescriptionError(f"--folds: {arguments.folds}; valid: an integer >= 2")
     if arguments.output is not None:
         check_target(arguments.output, "--output", DescriptionError, suffixes=(".yaml", ".yml"))
     cluster = read_cluster(arguments.cluster)
-    table = read_table(arguments.table)
+    table = read_table(arguments.inputs[0])
     chosen = fitting_rows(table.runs)
     runs = [run for run in table.runs if arguments.all_rows or run.row in chosen]
     others = [run for run in table.runs if run not in runs]

@@ -153,8 +153,11 @@ def _with_plan(original: Callable[..., Any]) -> Callable[..., Any]:
         state["planned"] = True
         with one_line_errors():
             options = Options.from_arguments(args)
+        observe = _observation(options, args, defaults)
         if not options.plans:
-            return original(args, defaults)
+            result = original(args, defaults)
+            observe(args)
+            return result
         from galvatron_megatron.integration.job import PlannedJob
 
         with one_line_errors():
@@ -163,6 +166,24 @@ def _with_plan(original: Callable[..., Any]) -> Callable[..., Any]:
         result = original(args, defaults)
         with one_line_errors():
             job.start(args)
+        observe(args)
         return result
 
     return validate_args
+
+
+def _observation(options: Options, args: Namespace, defaults: dict[str, Any]) -> Callable[[Namespace], None]:
+    """What starts the observation of a job whose arguments are validated; nothing where none is asked for."""
+    if options.observe is None:
+        return lambda validated: None
+    from galvatron_megatron.integration.observation import Observation
+
+    with _errors_of_rank_zero_only():
+        observation = Observation(args, defaults, options.observe)
+
+    def install(validated: Namespace) -> None:
+        from megatron.training import training
+
+        observation.install(training, validated)
+
+    return install

@@ -61,7 +61,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--galvatron-observe",
         metavar="DIRECTORY",
-        help="Under a plan whose layers differ: record the time of every layer, one file per rank.",
+        help="With or without a plan: measure every layer while the job trains (20 steps, then no more), one "
+        "file per rank; galvatron calibrate merges them into the profile that the next search prices with.",
     )
     group.add_argument(
         "--galvatron-zero-backend",
@@ -115,6 +116,8 @@ class Options:
     plan_only: bool = False
     save_plan: Path | None = None
     report: Path | None = None
+    observe: Path | None = None
+    """Directory for what layers take while the job trains."""
     device: str = "cuda"
     ignore_gpus: bool = False
 
@@ -153,16 +156,16 @@ class Options:
             plan_only=args.galvatron_plan_only,
             save_plan=_path("save-plan", args.galvatron_save_plan),
             report=_path("report", args.galvatron_report),
+            observe=_path("observe", args.galvatron_observe),
             device=args.galvatron_device,
             ignore_gpus=args.galvatron_ignore_gpus,
         )
-        observe = _path("observe", args.galvatron_observe)
         if options.auto and options.plan_file is not None:
             raise GalvatronError("--galvatron-plan and --galvatron-auto: both given; valid: one of them")
         _check_used(args, options)
-        if observe is not None and observe.exists() and not observe.is_dir():
+        if options.observe is not None and options.observe.exists() and not options.observe.is_dir():
             raise GalvatronError(
-                f"--galvatron-observe: {observe} is a file; valid: a directory, made if need be"
+                f"--galvatron-observe: {options.observe} is a file; valid: a directory, made if need be"
             )
         if options.save_plan is not None:
             check_target(options.save_plan, "--galvatron-save-plan", GalvatronError, suffixes=SUFFIXES)
@@ -172,7 +175,7 @@ class Options:
 
 
 _OF_A_SEARCH = ("memory_gb", "again", "uniform")
-_OF_A_PLAN = ("plan_only", "save_plan", "profile_dir", "report", "observe")
+_OF_A_PLAN = ("plan_only", "save_plan", "profile_dir", "report")
 
 
 def _check_used(args: Namespace, options: Options) -> None:

@@ -16,7 +16,7 @@ from galvatron_megatron import __version__
 from galvatron_megatron.cost.measured import MeasuredCostModel
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.describe.cluster import Cluster
-from galvatron_megatron.describe.megatron_args import model_from_arguments, plan_constraints
+from galvatron_megatron.describe.megatron_args import plan_constraints
 from galvatron_megatron.describe.model import Model
 from galvatron_megatron.describe.plan_check import check_plan
 from galvatron_megatron.describe.profile import Profile
@@ -24,6 +24,7 @@ from galvatron_megatron.describe.profile_store import check_directory, default_d
 from galvatron_megatron.errors import GalvatronError, UnsupportedPlanError
 from galvatron_megatron.integration.channel import Channel
 from galvatron_megatron.integration.decision import Decision, DecisionStore
+from galvatron_megatron.integration.job_model import job_model
 from galvatron_megatron.integration.options import Options
 from galvatron_megatron.plan.constraints import Constraints
 from galvatron_megatron.plan.layer_kind import LayerKind
@@ -100,7 +101,7 @@ class JobPlanner:
             raise GalvatronError(
                 "--global-batch-size: missing; a plan is made for a batch; valid: an integer >= 1"
             )
-        self.model: Model = model_from_arguments(self._arguments(), vocab_size=self._vocabulary())
+        self.model: Model = job_model(args, self.defaults)
 
     def decide(self) -> Decision:
         """Finds the plan; every rank calls this.
@@ -158,38 +159,6 @@ class JobPlanner:
         args._is_global_batch_size_explicitly_specified = True
 
     # What the job is.
-
-    def _arguments(self) -> dict[str, object]:
-        """Megatron's arguments, with the script's defaults where nothing was given as in its validation."""
-        found = dict(vars(self.args))
-        for name, value in self.defaults.items():
-            if found.get(name) is None:
-                found[name] = value
-        return found
-
-    def _vocabulary(self) -> int | None:
-        """Entries of the vocabulary where only the tokenizer itself knows them."""
-        args = self.args
-        if args.vocab_size is not None or args.padded_vocab_size is not None:
-            return None
-        kind = self._arguments().get("tokenizer_type")
-        if kind is None:
-            return None
-        try:
-            model_from_arguments(self._arguments())
-        except GalvatronError:
-            from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-
-            made = copy.copy(args)
-            made.tokenizer_type = kind
-            try:
-                return build_tokenizer(made).vocab_size
-            except Exception as error:
-                raise GalvatronError(
-                    f"--tokenizer-type {kind}: the tokenizer cannot be built ({error}); "
-                    "valid: its files, or --vocab-size"
-                ) from None
-        return None
 
     def _job(self) -> dict[str, object]:
         """Everything that decides the plan, as JSON values."""

@@ -17,7 +17,6 @@ import dataclasses
 import weakref
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
@@ -38,7 +37,6 @@ from galvatron_megatron.runtime.context import RuntimeContext
 from galvatron_megatron.runtime.data_parallel import PlannedDataParallel
 from galvatron_megatron.runtime.layers import planned_spec
 from galvatron_megatron.runtime.norms import allow_sequence_parallel
-from galvatron_megatron.runtime.observe import LayerObserver
 from galvatron_megatron.runtime.optimizer import PlannedOptimizer, build_optimizer
 from galvatron_megatron.runtime.support import check_stage, check_supported
 from galvatron_megatron.runtime.zero import is_left_to_megatron, uses_deepspeed
@@ -98,7 +96,7 @@ class Attachment:
     def context(self) -> RuntimeContext:
         """The plan on this rank; its groups are created at first use, by all ranks together."""
         if self._context is None:
-            self._context = RuntimeContext.create(self.plan, self._args, observer=_observer(self._args))
+            self._context = RuntimeContext.create(self.plan, self._args)
         return self._context
 
     def detach(self, *, keep_groups: bool = False) -> None:
@@ -286,13 +284,3 @@ def _without_named_reductions(config: Any) -> Any:
     own = copy.copy(config)
     own.planned_qk_layernorm, own.qk_layernorm = config.qk_layernorm, False
     return own
-
-
-def _observer(args: Any) -> LayerObserver | None:
-    """The observer asked for by ``--galvatron-observe DIRECTORY``."""
-    directory = getattr(args, "galvatron_observe", None)
-    if not directory:
-        return None
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    return LayerObserver(path=folder / f"layers-rank{args.rank}.jsonl")

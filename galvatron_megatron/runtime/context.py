@@ -24,7 +24,6 @@ from galvatron_megatron.runtime.groups import (
     tensor_sets,
 )
 from galvatron_megatron.runtime.layout import Layout, block_ranks
-from galvatron_megatron.runtime.observe import LayerObserver
 from galvatron_megatron.runtime.random_streams import RandomStreams
 from galvatron_megatron.runtime.resharding import Resharder, TrafficCounter
 from galvatron_megatron.runtime.zero import zero_backend
@@ -76,7 +75,6 @@ class LayerContext:
     rank: int
     """Of this process inside its stage."""
     streams: RandomStreams
-    observer: LayerObserver | None
     draws_experts: bool
     """Experts are split otherwise than Megatron's arguments say, and so need random numbers of their own."""
 
@@ -106,18 +104,16 @@ class RuntimeContext:
     zero_backend: str = "megatron"
     """Who runs ZeRO 1."""
     traffic: TrafficCounter = field(default_factory=TrafficCounter)
-    observer: LayerObserver | None = None
     _resharders: dict[tuple[Layout, Layout], Resharder] = field(default_factory=dict)
     _collections: dict[tuple[int, int], ProcessGroupCollection] = field(default_factory=dict)
 
     @classmethod
-    def create(cls, plan: Plan, args: Any, *, observer: LayerObserver | None = None) -> "RuntimeContext":
+    def create(cls, plan: Plan, args: Any) -> "RuntimeContext":
         """Creates every group of the plan; all ranks call this together, after Megatron created its groups.
 
         Args:
             plan: the plan.
             args: Megatron's arguments.
-            observer: measures layers; None to measure nothing.
         """
         stage_ranks, world_size = plan.base.ranks, plan.world_size
         if dist.get_world_size() != world_size:
@@ -139,7 +135,6 @@ class RuntimeContext:
             rank=rank,
             streams=streams,
             zero_backend=zero_backend(args),
-            observer=observer,
         )
 
     def layer(self, index: int) -> LayerContext:
@@ -163,7 +158,6 @@ class RuntimeContext:
             sequence_group=tensor_group(self.registry, layer.strategy.tp, self.plan),
             rank=self.rank,
             streams=self.streams,
-            observer=self.observer,
             draws_experts=layer.kind.has_experts and not self._experts_as_megatron(layer.strategy),
         )
 

@@ -167,10 +167,6 @@ class PlannedLayer:
             What the layer's class returns.
         """
         context = self._planned
-        observer = context.observer
-        if observer is not None:
-            begin = observer.forward_begins()
-            hidden_states = observer.watch_input(context.index, hidden_states)
         hidden_states = context.reshard_input(hidden_states)
         self._fit(hidden_states, kwargs)
         if context.strategy.recompute is Recompute.FULL and self.training and torch.is_grad_enabled():
@@ -178,8 +174,6 @@ class PlannedLayer:
         else:
             output, rest = self._computed(hidden_states, args, kwargs)
         output = context.reshard_output(output)
-        if observer is not None:
-            observer.forward_ends(context.index, begin, output)
         return output if rest is None else (output, *rest)
 
     def _computed(

@@ -183,15 +183,3 @@ class PlannedOptimizer(ReshardableOptimizer):
             "checkpoint: saved by Megatron without a plan, in a form that layers that differ cannot load; "
             "valid: resume once with a plan in which all layers run alike (what that saves loads under any)"
         )
-
-    @torch.no_grad()
-    def step(self) -> tuple[bool, float | None, float | None]:
-        """Clips and steps all classes.
-
-        Returns:
-            Whether the step was made, gradient norm before clipping, zeros in the gradient if counted.
-        """
-        result = super().step()
-        if self._runtime.observer is not None:
-            self._runtime.observer.end_step()
-        return result

@@ -12,6 +12,7 @@ import os
 import queue
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from runtime_mutations import MUTATIONS
 from universal_files import write_universal
 
 from galvatron_megatron.integration import cpu_device
+from galvatron_megatron.integration.observation import Observation
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.strategy import Offload, Recompute, SequenceParallel, Strategy
@@ -310,6 +312,7 @@ def run_case(case: dict) -> dict:
     sys.argv = ["job", *arguments(case, plan)]
     args = parse_args()
     cpu_device.configure(args)
+    observation = Observation(args, {}, Path(case["observe"])) if case.get("observe") else None
     validate_args(args, {})
     for name, value in case.get("late_arguments", {}).items():
         setattr(args, name, value)
@@ -346,6 +349,8 @@ def run_case(case: dict) -> dict:
     try:
         if not case.get("detached"):
             attach.install(plan, args)
+        if observation is not None:
+            observation.install(training, args)
         config = hybrid_config_from_args(args) if case.get("pattern") else gpt_config_from_args(args)
         pretrain(
             pretrain_cfg_container_from_args(args, config),

@@ -13,8 +13,26 @@ from ranks import free_port
 from runtime_cases import LONG, MIXED, case
 from runtime_rank import assert_same_training, references, train
 
+from galvatron_megatron.describe.observation import read_observed
+
 pytestmark = pytest.mark.distributed
 HALFWAY = 5
+
+
+def threads(_rank, _world_size):
+    """Runs on every rank: how many threads the process has."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def test_a_detached_plan_leaves_no_groups_behind(ranks):
+    made = case("left", "modern", "tp1", ["tp2", "tp4 zero1", "tp2+megatron zero1", "tp1"])
+    made["arguments"]["train-iters"] = 1
+    counts = []
+    for _ in range(2):
+        ranks(4).run(train, made)
+        counts.append(ranks(4).run(threads))
+    # Megatron's cache of rotary embeddings keeps one group of three threads; a model would keep twenty.
+    assert all(after - before <= 6 for before, after in zip(*counts, strict=True))
 
 
 def test_a_killed_rank_ends_the_job_and_the_checkpoint_loads(ranks, tmp_path):
@@ -52,25 +70,68 @@ def test_a_killed_rank_ends_the_job_and_the_checkpoint_loads(ranks, tmp_path):
     assert_same_training(seen, expected, slice(HALFWAY, None))
 
 
-def test_layers_are_measured_on_request(ranks, tmp_path):
-    steps, micro_batches = 3, 2
-    made = case(
-        "observed",
-        "modern",
-        "tp1",
-        ["tp1", "tp2+megatron recompute-full", "tp4", "tp2+ulysses"],
-        arguments={"train-iters": steps},
-        late_arguments={"galvatron_observe": str(tmp_path)},
-    )
-    ranks(4).run(train, made)
+def observed(directory, name, *stages, **options):
+    """A case whose layers are watched."""
+    return case(name, "modern", "tp1", *stages, observe=str(directory / name), **options)
+
+
+def records_of(directory, name, rank):
+    lines = (directory / name / f"observed-rank{rank}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_layers_are_observed_with_and_without_a_plan(ranks, tmp_path):
+    steps, written = 5, 3
+    arguments = {"train-iters": steps}
+    ways = {
+        "differing": ["tp1", "tp2+megatron recompute-full", "tp4", "tp2+ulysses"],
+        "stock": ["tp1"] * 4,
+    }
+    recomputed = {**arguments, "recompute-granularity": "full", "recompute-method": "uniform"}
+    cases = [
+        observed(tmp_path, "differing", ways["differing"], arguments=arguments),
+        observed(
+            tmp_path,
+            "stock",
+            *(["tp1"] * 2,) * 2,
+            pp=2,
+            detached=True,
+            arguments={**recomputed, "recompute-num-layers": 2},
+        ),
+    ]
+    for made in cases:
+        ranks(4).run(train, made)
     for rank in range(4):
-        lines = (tmp_path / f"layers-rank{rank}.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        seen = Counter((record["step"], record["layer"], record["pass"]) for record in records)
-        assert seen == {
-            (step, layer, kind): micro_batches
-            for step in range(steps)
-            for layer in range(4)
-            for kind in ("forward", "backward")
+        job, *records = records_of(tmp_path, "differing", rank)
+        assert job["record"] == "job" and job["rank"] == rank
+        assert job["provenance"]["ranks_per_node"] == 4 and job["provenance"]["software"]
+        layers = [record for record in records if record["record"] == "layer"]
+        assert Counter((entry["step"], entry["layer"]) for entry in layers) == {
+            (step, layer): 1 for step in range(steps - written + 1, steps + 1) for layer in range(4)
         }
-        assert all(record["seconds"] > 0 for record in records)
+        for entry in layers:
+            assert len(entry["forward_seconds"]) == len(entry["backward_seconds"]) == 2
+            assert min(*entry["forward_seconds"], *entry["backward_seconds"]) > 0
+        seen = {e["layer"]: (e["tp"], e["sequence_parallel"], e["recompute"]) for e in layers}
+        assert seen == {
+            0: (1, "none", "none"),
+            1: (2, "megatron", "full"),
+            2: (4, "none", "none"),
+            3: (2, "ulysses", "none"),
+        }
+        assert layers[0]["left_out"] == "" and "resharding" in layers[1]["left_out"]
+        step_records = [record for record in records if record["record"] == "step"]
+        assert all(r["seconds"] > 0 and r["peak_bytes"] > 0 for r in step_records)
+        assert len(step_records) == written
+        # Two layers are recomputed together in each stage: their repeated forward is part of the backward pass.
+        _, *records = records_of(tmp_path, "stock", rank)
+        layers = [record for record in records if record["record"] == "layer"]
+        assert {entry["layer"] for entry in layers} == ({0, 1} if rank < 2 else {2, 3})
+        assert {(entry["recompute"], entry["left_out"]) for entry in layers} == {("full", "")}
+        assert {len(entry["forward_seconds"]) for entry in layers} == {2}
+        assert {len(entry["backward_seconds"]) for entry in layers} == {2}
+    (job,) = read_observed([tmp_path / "stock" / f"observed-rank{rank}.jsonl" for rank in range(4)])
+    assert job.ranks == 4 and job.step_seconds > 0
+    (found,) = job.settings
+    assert found.passes == 4 * 2 * 2 * written
+    assert found.backward_seconds > found.forward_seconds
