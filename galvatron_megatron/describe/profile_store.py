@@ -57,10 +57,18 @@ def check_directory(directory: Path, *, create: bool = False, write: bool = True
                 pass
     except OSError as error:
         raise DescriptionError(
-            f"profile directory {directory}: cannot be written to ({error.strerror}); "
-            "valid: an existing writable directory"
+            f"profile directory {directory}: cannot be written to ({error.strerror}); valid: an existing "
+            "writable directory, named by --galvatron-profile-dir (--directory of galvatron profile)"
         ) from None
     return directory
+
+
+def _writable(directory: Path) -> bool:
+    try:
+        check_directory(directory)
+    except DescriptionError:
+        return False
+    return True
 
 
 def to_json(profile: Profile) -> str:
@@ -192,6 +200,9 @@ def read_profile(directory: Path, fingerprint: str) -> tuple[Profile | None, str
     path = profile_path(directory, fingerprint)
     if not path.exists():
         return None, ""
+    if not _writable(directory):
+        # A lock is a file too. What is read is whole without it, since files are replaced as a whole.
+        return _read(path)
     with _locked(path):
         return _read(path)
 
@@ -211,7 +222,10 @@ def _read(path: Path) -> tuple[Profile | None, str]:
             raise DescriptionError(f"profile {path}: its content belongs to {profile.fingerprint()}")
     except DescriptionError as error:
         aside = path.with_suffix(f".damaged-{os.getpid()}")
-        path.replace(aside)
+        try:
+            path.replace(aside)
+        except OSError as cause:
+            return None, f"{error}; cannot be set aside ({cause.strerror})"
         return None, f"{error}; set aside as {aside.name}, measuring again"
     return profile, ""
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path, monkeypatch):
     with pytest.raises(DescriptionError, match="No space left"):
         write_profile(tmp_path, replace(profile, notes=("new",)))
     assert path.read_bytes() == before
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_a_directory_that_cannot_be_used_is_named(tmp_path):
@@ -102,6 +103,73 @@ def test_a_directory_that_cannot_be_used_is_named(tmp_path):
         # No user, root neither, can make a file here.
         check_directory(Path("/proc/self"))
     assert check_directory(Path("/proc/self"), write=False).is_dir()
+
+
+@contextmanager
+def mounted(directory: Path, size: str):
+    """A file system of a few pages; skips where this user may not mount one."""
+    directory.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(directory)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", str(directory)], check=True)
+
+
+def test_a_file_system_that_is_full_keeps_the_old_profile(tmp_path):
+    profile = small_profile(small_model())
+    with mounted(tmp_path / "small", "128k") as directory:
+        write_profile(directory, profile)
+        before = profile_path(directory, profile.fingerprint()).read_bytes()
+        with pytest.raises(DescriptionError, match=r"No space left on device.*free space") as caught:
+            write_profile(directory, replace(profile, notes=("x" * 200_000,)))
+        assert "\n" not in str(caught.value)
+        assert profile_path(directory, profile.fingerprint()).read_bytes() == before
+        assert not list(directory.glob(".*.tmp"))
+        # Nothing blocks the next write that fits.
+        assert write_profile(directory, replace(profile, notes=("short",))).notes == ("short",)
+
+
+def test_a_read_only_store_is_read_and_never_written(tmp_path):
+    profile = small_profile(small_model())
+    with mounted(tmp_path / "store", "1m") as directory:
+        write_profile(directory, profile)
+        for path in directory.glob("*.lock"):
+            path.unlink()
+        subprocess.run(["mount", "-o", "remount,ro", str(directory)], check=True)
+        assert read_profile(directory, profile.fingerprint()) == (profile, "")
+        assert list_profiles(directory) == [profile]
+        with pytest.raises(DescriptionError, match=r"Read-only file system.*--galvatron-profile-dir"):
+            check_directory(directory)
+        with pytest.raises(DescriptionError, match="Read-only file system"):
+            write_profile(directory, profile)
+        # A damaged file cannot be set aside there, and is measured into another store.
+        subprocess.run(["mount", "-o", "remount,rw", str(directory)], check=True)
+        profile_path(directory, profile.fingerprint()).write_text("{")
+        subprocess.run(["mount", "-o", "remount,ro", str(directory)], check=True)
+        found, note = read_profile(directory, profile.fingerprint())
+        assert found is None and "cannot be set aside (Read-only file system)" in note
+
+
+def test_without_a_lock_file_a_profile_is_still_read(tmp_path, monkeypatch):
+    profile = small_profile(small_model())
+    write_profile(tmp_path, profile)
+
+    def refused(**kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def no_lock(*args, **kwargs):
+        raise AssertionError("a lock is a file, which a read-only store takes none of")
+
+    monkeypatch.setattr(profile_store.tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(profile_store, "FileLock", no_lock)
+    assert read_profile(tmp_path, profile.fingerprint()) == (profile, "")
+    with pytest.raises(DescriptionError, match=r"Read-only file system.*--galvatron-profile-dir"):
+        check_directory(tmp_path)
 
 
 def test_a_lock_that_is_held_too_long_is_an_error(tmp_path, monkeypatch):
