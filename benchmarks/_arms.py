@@ -172,6 +172,8 @@ class Batches:
 def measure_in_turn(arms: Mapping[str, Callable[[int], float]], options: argparse.Namespace) -> None:
     """Steps the arms in turn, each turn beginning with another one; rank 0 writes seconds and losses.
 
+    Beside the time that passes goes the time that the rank computes, which other programs hardly change.
+
     Args:
         arms: name -> function that does a step of this number and returns its loss.
         options: of the program.
@@ -180,18 +182,23 @@ def measure_in_turn(arms: Mapping[str, Callable[[int], float]], options: argpars
     import torch.distributed as dist
 
     seconds: dict[str, list[float]] = {name: [] for name in arms}
+    computing: dict[str, list[float]] = {name: [] for name in arms}
     losses: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
     for step in range(options.steps + options.warm_up):
         turn = step % len(names)
         for name in names[turn:] + names[:turn]:
             dist.barrier()
-            begin = time.perf_counter()
+            begin, computed = time.perf_counter(), time.process_time()
             loss = arms[name](step)
             torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - begin)
+            computing[name].append(time.process_time() - computed)
             losses[name].append(loss)
     if dist.get_rank() == 0:
-        counted = {name: values[options.warm_up :] for name, values in seconds.items()}
-        options.out.write_text(json.dumps({"seconds": counted, "losses": losses}))
+        kept = {
+            key: {name: values[options.warm_up :] for name, values in measured.items()}
+            for key, measured in (("seconds", seconds), ("cpu_seconds", computing))
+        }
+        options.out.write_text(json.dumps({**kept, "losses": losses}))
     dist.barrier()

@@ -1,14 +1,15 @@
-"""Step time of layers sharded by ZeRO 1 or 2 under Megatron's loop, against DeepSpeed's own engine.
+"""Step time of layers sharded by ZeRO under Megatron's loop, against DeepSpeed's own engine.
 
 Two arms train the same small model on the ranks of this machine, step by step in turn inside one job:
 
 * engine: DeepSpeed's engine as its documentation uses it, with a plain loop around it;
 * runtime: Megatron's training step under a uniform plan of that stage, on DeepSpeed's optimizer classes.
 
-Same weights, batches, accumulation, clipping and bucket size. Prints the medians, their ratio, and how far
-apart the losses are.
+Same weights, batches, accumulation, clipping and bucket size (the runtime's); under ZeRO 3 both shard every
+parameter, however small, and the engine prefetches. Prints, for the time that passes and for the time that
+rank 0 computes, the medians and the median ratio of turns, and how far apart the losses are.
 
-    python benchmarks/zero_engine.py [--stage 2] [--ranks 2] [--steps 60]
+    python benchmarks/zero_engine.py [--stage 1|2|3] [--ranks 2] [--steps 60]
 """
 
 import argparse
@@ -18,13 +19,12 @@ from functools import partial
 from _arms import Batches, MegatronArm, add_arguments, initialized, measure_in_turn, start
 
 SEQUENCE, VOCABULARY, MICRO_BATCH = 64, 512, 2
-BUCKET = 1_000_000
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser, hidden=256)
-    parser.add_argument("--stage", type=int, default=2, choices=(1, 2), help="ZeRO stage (default 2)")
+    parser.add_argument("--stage", type=int, default=2, choices=(1, 2, 3), help="ZeRO stage (default 2)")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of a step (default 2)")
     return parser.parse_args()
 
@@ -41,7 +41,6 @@ def measure(options: argparse.Namespace) -> None:
         "train-iters": options.steps + options.warm_up,
         "lr-decay-style": "constant",
         "weight-decay": 0.0,
-        "ddp-bucket-size": BUCKET,
     }
     args = initialized(values, *(["--use-distributed-optimizer"] if options.stage == 1 else []))
 
@@ -57,6 +56,7 @@ def measure(options: argparse.Namespace) -> None:
     from galvatron_megatron.plan.strategy import Strategy
     from galvatron_megatron.runtime import attach
     from galvatron_megatron.runtime.zero import import_engines
+    from galvatron_megatron.runtime.zero_whole import whole_parameters
 
     args.galvatron_zero_backend = "deepspeed"
     strategy = Strategy(dp=options.ranks, zero=options.stage)
@@ -70,8 +70,14 @@ def measure(options: argparse.Namespace) -> None:
     )
     attach.install(plan, args)
     runtime = MegatronArm(args)
-    named = unwrap_model(runtime.model[0]).named_parameters()
-    weights = {name: value.detach().clone() for name, value in named}
+    sharded = unwrap_model(runtime.model[0])
+    with whole_parameters([sharded]):
+        weights = {name: value.detach().clone() for name, value in sharded.named_parameters()}
+    (bucket,) = {
+        int(part_engine.reduce_bucket_size)
+        for part in runtime.model[0].parts.values()
+        for part_engine in part.engines
+    }
     attach.attached().detach(keep_groups=True)
 
     import_engines()
@@ -101,9 +107,10 @@ def measure(options: argparse.Namespace) -> None:
             "gradient_clipping": args.clip_grad,
             "zero_optimization": {
                 "stage": options.stage,
-                "reduce_bucket_size": BUCKET,
-                "allgather_bucket_size": BUCKET,
+                "reduce_bucket_size": bucket,
+                "allgather_bucket_size": bucket,
                 "overlap_comm": False,
+                "stage3_param_persistence_threshold": 0,
             },
         },
     )
@@ -129,13 +136,15 @@ def main() -> None:
         measure(options)
         return
     result = start(options.ranks)
-    medians = {name: statistics.median(values) for name, values in result["seconds"].items()}
     apart = max(
         abs(a - b) / a for a, b in zip(result["losses"]["engine"], result["losses"]["runtime"], strict=True)
     )
     print(f"ZeRO {options.stage}, {options.ranks} ranks, {options.steps} steps of each arm in turn")
-    for name, value in medians.items():
-        print(f"  {name:8s} median {value * 1e3:8.2f} ms  ratio {value / medians['engine']:.4f}")
+    for key, label in (("seconds", "wall"), ("cpu_seconds", "CPU ")):
+        for name, values in result[key].items():
+            ratios = [value / base for value, base in zip(values, result[key]["engine"], strict=True)]
+            milliseconds, ratio = statistics.median(values) * 1e3, statistics.median(ratios)
+            print(f"  {name:8s} {label} median {milliseconds:8.2f} ms  median ratio of turns {ratio:.4f}")
     print(f"  losses differ by {apart:.1e} at most")
 
 
