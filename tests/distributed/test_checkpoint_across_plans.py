@@ -22,6 +22,7 @@ PLANS = {
     "parameters": (4, "tp2 zero3", [["tp1 zero3", "tp2 zero3"], ["tp2+megatron zero2", "tp1"]], {"pp": 2}),
     "shared-out": (4, "tp1", [["tp2", "tp1 ep2", "tp2+megatron ep2 zero1", "tp1 cp2"]], {}),
     "in-parts": (4, "tp2+megatron zero1", [["tp4", "tp4+megatron", "tp1 ep4 zero1", "tp2 zero1"]], {}),
+    "scanned": (4, "tp2", [["tp2+megatron zero1", "tp1"], ["tp1 zero1", "tp2"]], {"pp": 2, "pattern": "M*|M-"}),
     "plain": (4, "tp2", [["tp2"] * 4], {}),
     "stock": (4, "tp2", [["tp2"] * 4], {"detached": True}),
 }
@@ -93,6 +94,8 @@ def test_main_weights_of_bf16_survive_sharding(ranks, saved):
         ("alike", "apart", "hybrid"),
         ("shared-out", "in-parts", "experts"),
         ("in-parts", "shared-out", "experts"),
+        ("apart", "scanned", "mamba"),
+        ("mixed", "pipeline", "latent"),
     ],
 )
 def test_other_models_go_on(ranks, saved, before, after, model):
