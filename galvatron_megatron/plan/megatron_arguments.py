@@ -165,7 +165,7 @@ def _check_expressible(plan: Plan, sharding_by_runtime: bool) -> None:
             if strategy.offload is not Offload.NONE:
                 raise PlanError(
                     f"{where}: offload {strategy.offload.value} has no Megatron argument; valid: offload none, "
-                    "train with --galvatron-plan FILE, or galvatron export --deepspeed FILE for DeepSpeed's engine"
+                    "--galvatron-plan FILE to train, or galvatron export --deepspeed FILE for DeepSpeed"
                 )
     if base.sequence_parallel is SequenceParallel.ULYSSES and base.cp > 1:
         raise PlanError(
