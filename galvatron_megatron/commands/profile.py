@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from galvatron_megatron.describe.profile_store import (
     write_atomically,
     write_profile,
 )
-from galvatron_megatron.errors import GalvatronError, did_you_mean
+from galvatron_megatron.errors import DescriptionError, GalvatronError, did_you_mean
 from galvatron_megatron.integration.launcher import adopt_environment
 from galvatron_megatron.plan.document import check_target
 from galvatron_megatron.report.profile_report import plot_profile, print_list, print_profile
@@ -75,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw points and curves into FILE")
     parser.add_argument("--json", action="store_true", help="print the profile as JSON")
     parser.add_argument("--timeout", type=int, default=3600, help="seconds after which ranks are ended")
+    parser.add_argument(
+        "--rank-timeout", type=int, default=300, help="seconds that ranks wait for one that does not answer"
+    )
 
 
 def _keep_words_after_dashes(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
     directory = check_directory(
         arguments.directory or default_directory(),
         create=arguments.directory is None,
-        write=action in ("measure", "import"),
+        write=action == "import",
     )
     limit = {"measure": 0, "list": 0, "show": 1, "export": 2, "import": 1}[action]
     unused = () if action == "measure" else ("model", "seq_length", "ranks", "tp", "again", "megatron")
@@ -187,7 +191,7 @@ def _measure(arguments: argparse.Namespace, directory: Path, megatron: list[str]
         megatron = [*flags_of(model), *megatron]
     if not megatron:
         raise GalvatronError("profile: no model; valid: --model FILE, or Megatron's own arguments after --")
-    for name in ("ranks", "global_batch_size", "timeout"):
+    for name in ("ranks", "global_batch_size", "timeout", "rank_timeout"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise GalvatronError(f"--{name.replace('_', '-')}: {value}; valid: an integer >= 1")
@@ -209,6 +213,7 @@ def _measure(arguments: argparse.Namespace, directory: Path, megatron: list[str]
         "micro_batch_sizes": arguments.micro_batch_size,
         "tps": arguments.tp,
         "again": arguments.again,
+        "rank_timeout": arguments.rank_timeout,
     }
     # srun and mpirun have names of their own for what torchrun says; a batch script under Slurm is no rank.
     adopt_environment()
@@ -229,7 +234,9 @@ def _measure(arguments: argparse.Namespace, directory: Path, megatron: list[str]
         if profile is not None:
             return _show(profile, arguments)
         fingerprint = _start_ranks(request, count, arguments.timeout)
-        write_atomically(answered, json.dumps(fingerprint) + "\n")
+        with suppress(DescriptionError):
+            # It only spares the next call the start of ranks; a store that is complete may be read-only.
+            write_atomically(answered, json.dumps(fingerprint) + "\n")
     profile, _ = read_profile(directory, fingerprint)
     if profile is None:
         raise GalvatronError(f"profile {fingerprint}: vanished from {directory}; valid: measure again")
@@ -238,7 +245,8 @@ def _measure(arguments: argparse.Namespace, directory: Path, megatron: list[str]
 
 def _digest_of(request: dict, count: int) -> str:
     """Changes with everything that decides what a request measures on this host."""
-    return digest([request, count, processor_name(), gpus(), len(os.sched_getaffinity(0)), software_versions()])
+    asked = {name: value for name, value in request.items() if name != "rank_timeout"}
+    return digest([asked, count, processor_name(), gpus(), len(os.sched_getaffinity(0)), software_versions()])
 
 
 def _answered(directory: Path, answered: Path) -> Profile | None:
@@ -283,11 +291,13 @@ def _start_ranks(request: dict, count: int, timeout_seconds: float) -> str:
                     process.kill()
             for process in ranks:
                 process.wait()
-        done, failed = path.with_suffix(".done"), path.with_suffix(".error")
+        done = path.with_suffix(".done")
         if done.exists():
             return done.read_text()
-        if failed.exists():
-            raise GalvatronError(failed.read_text())
+        for rank in range(count):
+            failed = path.with_suffix(f".error{rank}")
+            if failed.exists():
+                raise GalvatronError(failed.read_text())
         last = (logs[bad].read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
         raise GalvatronError(
             f"profile: rank {bad} of {count} ended with exit code {ranks[bad].returncode} ({last}); "

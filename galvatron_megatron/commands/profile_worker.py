@@ -16,7 +16,8 @@ def run_rank(request: dict) -> str:
 
     Args:
         request: ``megatron`` (words of a command line), ``directory``, ``device`` (``cpu`` or ``cuda``),
-            ``global_batch_size``, ``micro_batch_sizes`` (or None), ``tps`` (or None) and ``again``.
+            ``global_batch_size``, ``micro_batch_sizes`` (or None), ``tps`` (or None),
+            ``again`` and ``rank_timeout`` (seconds to wait for another rank).
 
     Returns:
         The fingerprint of the profile.
@@ -53,19 +54,25 @@ def run_rank(request: dict) -> str:
         tps=request["tps"],
         micro_batch_sizes=request["micro_batch_sizes"],
     )
-    profile, _ = profile_live_ranks(model, parsed, needs, Path(request["directory"]), again=request["again"])
+    profile, _ = profile_live_ranks(
+        model,
+        parsed,
+        needs,
+        Path(request["directory"]),
+        again=request["again"],
+        timeout_seconds=request["rank_timeout"],
+    )
     return profile.fingerprint()
 
 
 def main() -> int:
-    """Runs one rank; rank 0 writes the fingerprint beside the request."""
+    """Runs one rank; it writes its error beside the request, rank 0 the fingerprint too."""
     path = Path(sys.argv[1])
     rank = int(os.environ.get("RANK", "0"))
     try:
         fingerprint = run_rank(json.loads(path.read_text()))
     except GalvatronError as error:
-        if rank == 0:
-            path.with_suffix(".error").write_text(str(error))
+        path.with_suffix(f".error{rank}").write_text(str(error))
         return EXIT_CODE
     if rank == 0:
         path.with_suffix(".done").write_text(fingerprint)

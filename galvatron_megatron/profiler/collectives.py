@@ -11,7 +11,7 @@ import torch.distributed as dist
 from galvatron_megatron.describe.profile import CollectiveCurve
 from galvatron_megatron.profiler.clock import Clock
 from galvatron_megatron.profiler.fit import latency_bandwidth, undisturbed
-from galvatron_megatron.profiler.process_group import gather
+from galvatron_megatron.profiler.process_group import answer_timeout, gather
 
 SMALLEST_BYTES = 1 << 10
 GROWTH = 8
@@ -107,9 +107,9 @@ def siblings_of(shape: GroupShape) -> Iterator[Siblings]:
     index = next(index for index, ranks in enumerate(groups) if rank in ranks)
     if dist.get_backend() == "nccl":
         # The other groups need not be known here: at a thousand ranks this is one group instead of hundreds.
-        handle = dist.new_group(groups[index], use_local_synchronization=True)
+        handle = dist.new_group(groups[index], timeout=answer_timeout(), use_local_synchronization=True)
     else:
-        handle = [dist.new_group(ranks) for ranks in groups][index]
+        handle = [dist.new_group(ranks, timeout=answer_timeout()) for ranks in groups][index]
     yield Siblings(shape=shape, handle=handle, first=index == 0)
     # Not after an error: the others may be gone, and the whole job's groups go down then.
     dist.destroy_process_group(handle)

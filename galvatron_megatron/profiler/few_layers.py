@@ -19,6 +19,7 @@ from galvatron_megatron.describe.model import Layer, Model
 from galvatron_megatron.errors import GalvatronError
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.strategy import SequenceParallel
+from galvatron_megatron.profiler.process_group import answer_timeout
 
 HYBRID_SYMBOL = {LayerKind.ATTENTION: "*", LayerKind.MLP: "-", LayerKind.MOE: "E", LayerKind.MAMBA: "M"}
 
@@ -252,6 +253,7 @@ def parallel_state_of(tp: int, arguments: Namespace) -> Iterator[None]:
         expert_model_parallel_size=getattr(arguments, "expert_model_parallel_size", 1) or 1,
         expert_tensor_parallel_size=getattr(arguments, "expert_tensor_parallel_size", None),
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=answer_timeout().total_seconds() / 60,
     )
     try:
         megatron_random.model_parallel_cuda_manual_seed(

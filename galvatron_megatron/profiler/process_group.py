@@ -1,6 +1,8 @@
 """A process group of our own over the live ranks, gone again before Megatron makes its own."""
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +15,8 @@ from galvatron_megatron.errors import GalvatronError
 
 _stores: list[Any] = []
 """Stores of earlier groups: where rank 0 itself serves the store, closing it would end the other ranks."""
+_answer_seconds: list[float] = [300.0]
+"""How long ranks wait for each other in groups made now."""
 
 
 def rank_from_environment() -> tuple[int, int, int]:
@@ -49,6 +53,7 @@ def own_process_group(backend: str, timeout_seconds: float) -> Iterator[None]:
     Raises:
         GalvatronError: the ranks cannot find each other.
     """
+    _answer_seconds[:] = [timeout_seconds]
     if dist.is_initialized():
         yield
         return
@@ -79,6 +84,54 @@ def own_process_group(backend: str, timeout_seconds: float) -> Iterator[None]:
     else:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def answer_timeout() -> timedelta:
+    """How long a collective of a group made inside :func:`own_process_group` waits for a rank.
+
+    torch and Megatron give groups that are made without it half an hour and ten minutes.
+    """
+    return timedelta(seconds=_answer_seconds[0])
+
+
+def silent_ranks(seconds: float) -> list[int]:
+    """Ranks that give no sign of life, after a collective failed.
+
+    Every rank whose collective failed calls this before it ends and tells the others through the rendezvous
+    store. Rank 0 may serve that store: while it does not answer it is the silent one.
+
+    Args:
+        seconds: to wait for the others' sign.
+
+    Returns:
+        The silent ranks; empty where there is no store of our own or where all gave a sign.
+    """
+    if not _stores:
+        return []
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    store = dist.PrefixStore(f"galvatron_signs_{len(_stores)}", _stores[-1])
+    silent = {other for other in range(world_size) if other != rank}
+    answered = threading.Event()
+
+    def look() -> None:
+        deadline = time.monotonic() + seconds
+        try:
+            store.set(str(rank), "alive")
+            while silent and time.monotonic() < deadline:
+                silent.difference_update([other for other in sorted(silent) if store.check([str(other)])])
+                answered.set()
+                time.sleep(0.05)
+        except RuntimeError:
+            # The server of the store has gone, and rank 0 with it.
+            answered.clear()
+
+    # A store whose server hangs would keep this thread for ever.
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    looking.join(seconds + 1)
+    if not answered.is_set():
+        return [0] if rank else []
+    return sorted(silent)
 
 
 def agree(value: Any, *, source: int = 0) -> Any:

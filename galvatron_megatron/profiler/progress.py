@@ -31,7 +31,8 @@ class Progress:
         self._done = 0
         self._total = 0
         self._begun = 0.0
-        self._text = ""
+        self.text = ""
+        """What is measured now."""
         self.seconds: dict[str, float] = defaultdict(float)
         """Seconds by phase; a phase inside another one counts for itself alone."""
         self._phase = "start"
@@ -87,7 +88,7 @@ class Progress:
 
     def at(self, text: str) -> None:
         """Names what is measured now."""
-        self._text = text
+        self.text = text
         if self._bar is not None:
             self._bar.update(self._task, description=text)
 
@@ -99,7 +100,7 @@ class Progress:
         elif self._show and self._total and self._done * 4 // self._total > before * 4 // self._total:
             left = (perf_counter() - self._begun) * (self._total - self._done) / self._done
             self._console.print(
-                f"profiling: {self._done} of {self._total} done, about {left:.0f} s left, {self._text}",
+                f"profiling: {self._done} of {self._total} done, about {left:.0f} s left, {self.text}",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -48,7 +48,7 @@ from galvatron_megatron.profiler.needs import ProfileNeeds
 from galvatron_megatron.profiler.optimizer import measure_step
 from galvatron_megatron.profiler.overlap import COLLECTIVES as OVERLAPPED
 from galvatron_megatron.profiler.overlap import measure_overlap
-from galvatron_megatron.profiler.process_group import agree, gather, own_process_group
+from galvatron_megatron.profiler.process_group import agree, gather, own_process_group, silent_ranks
 from galvatron_megatron.profiler.progress import Progress
 from galvatron_megatron.profiler.sizes import settings_to_measure
 from galvatron_megatron.profiler.stragglers import straggler_note
@@ -66,6 +66,8 @@ ROUNDS = 2
 """How often every setting is measured, with all others of its model in between."""
 LEAST_LARGEST_BYTES = 4 << 20
 """Every curve reaches this far, where bandwidth and not latency decides."""
+SIGN_SECONDS = 3.0
+"""How long a rank whose collective failed waits for a sign of the others, to name the one that gives none."""
 LARGEST_CPU_BYTES = 32 << 20
 LARGEST_GPU_BYTES = 1 << 30
 
@@ -126,7 +128,7 @@ def profile_live_ranks(
         model: what the arguments describe.
         arguments: Megatron's parsed arguments, validated or not; left unchanged.
         needs: what to measure.
-        directory: the profile store, an existing writable directory.
+        directory: the profile store, an existing directory; writable where it lacks anything.
         args_defaults: the training script's ``args_defaults``.
         backend: ``nccl`` or ``gloo``; Megatron's ``--distributed-backend`` by default.
         memory_gb: memory of a device that a plan may use, for the cluster.
@@ -147,8 +149,15 @@ def profile_live_ranks(
     if not any(getattr(arguments, name, False) for name in ("use_torch_fsdp2", "use_megatron_fsdp")):
         # Megatron asks for it with tensor parallelism; it counts until CUDA starts in this process.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    with megatron_state_restored(), _quiet(), own_process_group(backend, timeout_seconds), _one_line_errors():
-        on_rank_zero(lambda: str(check_directory(directory)))
+    with (
+        megatron_state_restored(),
+        _quiet(),
+        own_process_group(backend, timeout_seconds),
+        Progress(show=show and dist.get_rank() == 0) as progress,
+        _one_line_errors(progress, timeout_seconds),
+    ):
+        progress.at("the hardware of the ranks")
+        on_rank_zero(lambda: str(check_directory(directory, write=False)))
         facts = gather_facts()
         provenance = provenance_of_ranks(shape_digest(model), backend, facts)
         run = _Run(
@@ -159,15 +168,18 @@ def profile_live_ranks(
         text, note = on_rank_zero(lambda: run.stored_text(again))
         if text:
             run.profile = from_json(text, str(directory))
-        with Progress(show=show and dist.get_rank() == 0) as progress:
-            if note:
-                progress.note(note)
-            run.progress = progress
-            if not run.profile.speeds:
-                with progress.phase("device speed"):
-                    places = gather(place_of_this_rank(run.nodes[dist.get_rank()]))
-                    run.keep(speeds=measure_speeds(facts), notes=level_notes(places))
-            run.measure()
+        if note:
+            progress.note(note)
+        run.progress = progress
+        if run.lacks_anything():
+            # Before minutes of measurements; a read-only store that holds all of them serves as it is.
+            on_rank_zero(lambda: str(check_directory(directory)))
+        if not run.profile.speeds:
+            progress.at("the speed of the devices")
+            with progress.phase("device speed"):
+                places = gather(place_of_this_rank(run.nodes[dist.get_rank()]))
+                run.keep(speeds=measure_speeds(facts), notes=level_notes(places))
+        run.measure()
     return run.profile, cluster_from_ranks(run.profile, memory_gb=memory_gb)
 
 
@@ -184,23 +196,29 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _one_line_errors(progress: Progress, timeout_seconds: float) -> Iterator[None]:
     """A rank that is gone or a link that hangs, in one line instead of torch's traceback."""
     try:
         yield
     except (dist.DistBackendError, dist.DistNetworkError) as error:
-        raise GalvatronError(_lost(error)) from error
+        raise GalvatronError(_lost(error, progress.text, timeout_seconds)) from error
     except RuntimeError as error:
         text = str(error).lower()
         if any(word in text for word in ("connection", "timed out", "timeout", "gloo", "peer")):
-            raise GalvatronError(_lost(error)) from error
+            raise GalvatronError(_lost(error, progress.text, timeout_seconds)) from error
         raise
 
 
-def _lost(error: BaseException) -> str:
+def _lost(error: BaseException, doing: str, timeout_seconds: float) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    silent = silent_ranks(SIGN_SECONDS)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    who = ", ".join(map(str, silent[:8])) + (f" and {len(silent) - 8} more" if len(silent) > 8 else "")
+    waited = f"rank{'s' * (len(silent) > 1)} {who}" if silent else "another rank"
     return (
-        f"profile: a rank ended or does not answer while measuring ({reason}); valid: look at the other ranks"
+        f"profile: rank {rank} of {world_size} waited in vain for {waited} while measuring {doing} "
+        f"(at most {timeout_seconds:.0f} s: {reason[:200]}); valid: look at that rank and its link, run again; "
+        "what was measured is kept"
     )
 
 
@@ -235,6 +253,11 @@ class _Run:
         return (to_json(found) if found else ""), note
 
     # What is missing. Every rank has the same profile, so every rank finds the same list.
+
+    def lacks_anything(self) -> bool:
+        """True where something is to be measured and stored."""
+        complete = self.profile.speeds and not self.missing_curves() and not self.missing_overlaps()
+        return not complete or bool(self.missing_builds())
 
     def missing_curves(self) -> dict[GroupShape, list[tuple[str, bool]]]:
         """(collective, contention) to measure, by the shape of the groups.

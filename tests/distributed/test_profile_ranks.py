@@ -290,6 +290,34 @@ def test_a_rank_that_dies_ends_the_command_with_one_line(tmp_path):
     assert list_profiles(tmp_path)
 
 
+@pytest.mark.distributed
+def test_a_rank_that_hangs_ends_the_others_in_time_and_is_named(tmp_path):
+    stopped = 1
+    process = start(tmp_path, ranks=2, options=("--rank-timeout", "4"))
+    deadline = time.monotonic() + 100
+    while not list_profiles(tmp_path) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    ranks = children(process.pid)
+    assert len(ranks) == 2
+    os.kill(ranks[stopped], signal.SIGSTOP)
+    kept = list_profiles(tmp_path)
+    began = time.monotonic()
+    _, error = process.communicate(timeout=60)
+    assert time.monotonic() - began < 4 + 3 + 10
+    assert process.returncode == 2
+    last = error.decode().strip().splitlines()[-1]
+    assert last.startswith(
+        f"galvatron profile: profile: rank {1 - stopped} of 2 waited in vain for rank {stopped} "
+    )
+    assert "while measuring " in last and "at most 4 s" in last and "what was measured is kept" in last
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    (after,) = list_profiles(tmp_path)
+    assert {curve.key for profile in kept for curve in profile.collectives} <= {
+        c.key for c in after.collectives
+    }
+    assert after.speeds and not list(tmp_path.glob(".*.tmp"))
+
+
 def grown(directory: Path, seen: set) -> bool:
     """True once there is a measurement that was not there before."""
     for path in directory.glob("profile-*.json"):
