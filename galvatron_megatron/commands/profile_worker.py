@@ -6,18 +6,20 @@ torchrun ... -m galvatron_megatron.commands.profile_worker REQUEST.json
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from galvatron_megatron.errors import EXIT_CODE, GalvatronError
 
 
-def run_rank(request: dict) -> str:
+def run_rank(request: dict, end_stuck: Callable[[str], None] | None = None) -> str:
     """Measures on this rank.
 
     Args:
         request: ``megatron`` (words of a command line), ``directory``, ``device`` (``cpu`` or ``cuda``),
             ``global_batch_size``, ``micro_batch_sizes`` (or None), ``tps`` (or None),
             ``again`` and ``rank_timeout`` (seconds to wait for another rank).
+        end_stuck: ends this process with a line where it is stuck; by default that prints the line.
 
     Returns:
         The fingerprint of the profile.
@@ -32,6 +34,7 @@ def run_rank(request: dict) -> str:
         cpu_device.install(even_with_gpu=True)
     from megatron.training.arguments import parse_args
 
+    from galvatron_megatron.profiler.lost_ranks import end_process
     from galvatron_megatron.profiler.needs import ProfileNeeds
     from galvatron_megatron.profiler.session import profile_live_ranks
 
@@ -61,6 +64,7 @@ def run_rank(request: dict) -> str:
         Path(request["directory"]),
         again=request["again"],
         timeout_seconds=request["rank_timeout"],
+        end_stuck=end_stuck or end_process,
     )
     return profile.fingerprint()
 
@@ -69,8 +73,13 @@ def main() -> int:
     """Runs one rank; it writes its error beside the request, rank 0 the fingerprint too."""
     path = Path(sys.argv[1])
     rank = int(os.environ.get("RANK", "0"))
+
+    def end_stuck(line: str) -> None:
+        path.with_suffix(f".error{rank}").write_text(line)
+        os._exit(EXIT_CODE)
+
     try:
-        fingerprint = run_rank(json.loads(path.read_text()))
+        fingerprint = run_rank(json.loads(path.read_text()), end_stuck)
     except GalvatronError as error:
         path.with_suffix(f".error{rank}").write_text(str(error))
         return EXIT_CODE

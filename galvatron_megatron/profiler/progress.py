@@ -4,7 +4,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 from rich.console import Console
@@ -33,6 +33,8 @@ class Progress:
         self._begun = 0.0
         self.text = ""
         """What is measured now."""
+        self.last_told = monotonic()
+        """When anything was begun or finished last, on the clock of ``time.monotonic``."""
         self.seconds: dict[str, float] = defaultdict(float)
         """Seconds by phase; a phase inside another one counts for itself alone."""
         self._phase = "start"
@@ -59,6 +61,7 @@ class Progress:
             self._enter(around)
 
     def _enter(self, name: str) -> str:
+        self.last_told = monotonic()
         before, now = self._phase, perf_counter()
         self.seconds[before] += now - self._since
         self._phase, self._since = name, now
@@ -89,11 +92,13 @@ class Progress:
     def at(self, text: str) -> None:
         """Names what is measured now."""
         self.text = text
+        self.last_told = monotonic()
         if self._bar is not None:
             self._bar.update(self._task, description=text)
 
     def advance(self, count: int = 1) -> None:
         """Counts finished measurements."""
+        self.last_told = monotonic()
         before, self._done = self._done, self._done + count
         if self._bar is not None:
             self._bar.advance(self._task, count)

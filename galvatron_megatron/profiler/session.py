@@ -44,11 +44,12 @@ from galvatron_megatron.profiler.few_layers import (
 )
 from galvatron_megatron.profiler.layers import PartMeasurement
 from galvatron_megatron.profiler.levels import level_notes, place_of_this_rank
+from galvatron_megatron.profiler.lost_ranks import Watchdog, end_process, one_line_errors
 from galvatron_megatron.profiler.needs import ProfileNeeds
 from galvatron_megatron.profiler.optimizer import measure_step
 from galvatron_megatron.profiler.overlap import COLLECTIVES as OVERLAPPED
 from galvatron_megatron.profiler.overlap import measure_overlap
-from galvatron_megatron.profiler.process_group import agree, gather, own_process_group, silent_ranks
+from galvatron_megatron.profiler.process_group import agree, gather, own_process_group
 from galvatron_megatron.profiler.progress import Progress
 from galvatron_megatron.profiler.sizes import settings_to_measure
 from galvatron_megatron.profiler.stragglers import straggler_note
@@ -66,8 +67,6 @@ ROUNDS = 2
 """How often every setting is measured, with all others of its model in between."""
 LEAST_LARGEST_BYTES = 4 << 20
 """Every curve reaches this far, where bandwidth and not latency decides."""
-SIGN_SECONDS = 3.0
-"""How long a rank whose collective failed waits for a sign of the others, to name the one that gives none."""
 LARGEST_CPU_BYTES = 32 << 20
 LARGEST_GPU_BYTES = 1 << 30
 
@@ -118,6 +117,7 @@ def profile_live_ranks(
     show: bool = True,
     seconds_per_point: float = 0.25,
     timeout_seconds: float = 300.0,
+    end_stuck: Callable[[str], None] = end_process,
 ) -> tuple[Profile, Cluster]:
     """Measures what the profile store lacks; every rank of the job calls this before Megatron initialises.
 
@@ -136,6 +136,8 @@ def profile_live_ranks(
         show: show progress on rank 0.
         seconds_per_point: time for the repeats of one setting.
         timeout_seconds: after this long without an answer of a rank, the job ends with an error.
+        end_stuck: ends this process with a line where another rank's silence holds it in a call without a
+            time limit.
 
     Returns:
         The profile and the cluster of the live ranks, equal on every rank.
@@ -152,10 +154,12 @@ def profile_live_ranks(
     with (
         megatron_state_restored(),
         _quiet(),
+        Watchdog(timeout_seconds, end_stuck) as watchdog,
         own_process_group(backend, timeout_seconds),
         Progress(show=show and dist.get_rank() == 0) as progress,
-        _one_line_errors(progress, timeout_seconds),
+        one_line_errors(progress, timeout_seconds),
     ):
+        watchdog.watch(progress)
         progress.at("the hardware of the ranks")
         on_rank_zero(lambda: str(check_directory(directory, write=False)))
         facts = gather_facts()
@@ -193,33 +197,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-@contextmanager
-def _one_line_errors(progress: Progress, timeout_seconds: float) -> Iterator[None]:
-    """A rank that is gone or a link that hangs, in one line instead of torch's traceback."""
-    try:
-        yield
-    except (dist.DistBackendError, dist.DistNetworkError) as error:
-        raise GalvatronError(_lost(error, progress.text, timeout_seconds)) from error
-    except RuntimeError as error:
-        text = str(error).lower()
-        if any(word in text for word in ("connection", "timed out", "timeout", "gloo", "peer")):
-            raise GalvatronError(_lost(error, progress.text, timeout_seconds)) from error
-        raise
-
-
-def _lost(error: BaseException, doing: str, timeout_seconds: float) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    silent = silent_ranks(SIGN_SECONDS)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    who = ", ".join(map(str, silent[:8])) + (f" and {len(silent) - 8} more" if len(silent) > 8 else "")
-    waited = f"rank{'s' * (len(silent) > 1)} {who}" if silent else "another rank"
-    return (
-        f"profile: rank {rank} of {world_size} waited in vain for {waited} while measuring {doing} "
-        f"(at most {timeout_seconds:.0f} s: {reason[:200]}); valid: look at that rank and its link, run again; "
-        "what was measured is kept"
-    )
 
 
 class _Run:
