@@ -25,8 +25,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-THREADS_OF_A_PROCESS = 1000
-"""Threads with which ranks are started anew: Gloo's of groups that DeepSpeed's engines keep of each case."""
+THREADS_OF_A_PROCESS = 300
+"""Threads with which ranks are started anew: Gloo's of groups that caches of Megatron and engines of DeepSpeed
+keep of each case, every one of which wakes up a hundred times a second."""
 
 
 class RankError(AssertionError):
