@@ -10,7 +10,7 @@ from galvatron_megatron.profiler.clock import Clock, on_cpu
 from galvatron_megatron.profiler.fit import undisturbed
 from galvatron_megatron.profiler.process_group import gather
 
-COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 REPEATS = 4
 LONG_SECONDS = 0.05
 """A collective that takes longer is repeated half as often."""
@@ -49,10 +49,19 @@ def measure_overlap(collective: str, message_bytes: int) -> Overlap:
     ranks = dist.get_world_size()
     count = message_bytes // 4 // ranks * ranks
     whole, part = torch.zeros(count, device="cuda"), torch.zeros(count // ranks, device="cuda")
-    start: Callable[[], dist.Work] = {
-        "all_reduce": lambda: dist.all_reduce(whole, async_op=True),
-        "all_gather": lambda: dist.all_gather_into_tensor(whole, part, async_op=True),
-        "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, whole, async_op=True),
+    other = torch.empty_like(whole)
+    rank = dist.get_rank()
+    # As between the stages of a pipeline: every rank sends to the next one and receives from the one before.
+    sends = [
+        dist.P2POp(dist.isend, whole, (rank + 1) % ranks),
+        dist.P2POp(dist.irecv, other, (rank - 1) % ranks),
+    ]
+    start: Callable[[], list[dist.Work]] = {
+        "all_reduce": lambda: [dist.all_reduce(whole, async_op=True)],
+        "all_gather": lambda: [dist.all_gather_into_tensor(whole, part, async_op=True)],
+        "reduce_scatter": lambda: [dist.reduce_scatter_tensor(part, whole, async_op=True)],
+        "all_to_all": lambda: [dist.all_to_all_single(other, whole, async_op=True)],
+        "send": lambda: dist.batch_isend_irecv(sends),
     }[collective]
     size = 128 if on_cpu() else 4096
     a, b = (torch.ones((size, size), device="cuda") for _ in range(2))
@@ -62,10 +71,10 @@ def measure_overlap(collective: str, message_bytes: int) -> Overlap:
         for _ in range(repeats):
             dist.barrier()
             begin = clock.mark()
-            work = start() if communicate else None
+            works = start() if communicate else []
             for _ in range(products):
                 torch.mm(a, b)
-            if work is not None:
+            for work in works:
                 work.wait()
             end = clock.mark()
             clock.synchronize()

@@ -169,7 +169,11 @@ def _host(speeds: dict[str, float]) -> Host | None:
 
 def _constants(profile: Profile) -> Constants:
     """What a device allocates beside a plan: nothing on CPU ranks, a driver context and slack on GPUs."""
-    slowest = max((overlap.slowdown for overlap in profile.overlaps), default=Constants().overlap_slowdown)
+    # Of the data-parallel collectives: what training overlaps with computation.
+    beside = [
+        o.slowdown for o in profile.overlaps if o.collective in ("all_reduce", "all_gather", "reduce_scatter")
+    ]
+    slowest = max(beside, default=Constants().overlap_slowdown)
     if profile.provenance.backend != "gloo":
         return Constants(overlap_slowdown=slowest)
     return Constants(

@@ -124,6 +124,8 @@ def test_two_ranks_measure_everything_once(ranks, first):
         "all_reduce",
         "all_gather",
         "reduce_scatter",
+        "all_to_all",
+        "send",
     }
     assert {step.zero for step in profile.steps} == {0, 1}
     again = ranks(2).run(measure, str(directory))
