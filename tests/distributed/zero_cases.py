@@ -70,7 +70,7 @@ FLAT = (
         "modern",
         "tp1 zero2",
         ["tp1 zero2", "tp2 zero3", "tp1", "tp2 zero2"],
-        arguments={"ddp-bucket-size": 500},
+        arguments={"ddp-bucket-size": 500, "overlap-grad-reduce": True},
     ),
     zero_case(
         "hybrid-2", "hybrid", "tp2 zero2", ["tp2 zero2", "tp4 zero2", "tp2+megatron zero3", "tp2"], **FOUR
