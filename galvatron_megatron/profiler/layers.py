@@ -20,6 +20,10 @@ from galvatron_megatron.profiler.process_group import gather
 
 LONG = 2
 """A pass is long where it takes more than this many rounds' time."""
+DISTURBED = 1.2
+"""Two long passes of which one takes this many times the other's time say little."""
+AGAIN = 2
+"""How many more are timed then."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -164,7 +168,7 @@ class PartMeasurement:
 
         Args:
             budget_seconds: time for the repeats. Of a setting whose one pass takes longer than two rounds, the
-                first round watches memory and the second one times one pass.
+                first round watches memory and the second one times two passes, and more where they differ.
 
         Returns:
             Points of all samples so far, for the embedding, the layer and the head (embedding and head only
@@ -212,8 +216,13 @@ class PartMeasurement:
         runs = [_run_once(self.few, batch, clock.mark)]
         clock.synchronize()
         seconds = _slowest(clock.seconds(runs[0]["start"], runs[0]["end"]))
-        # A long pass that was not faster than the one before it, which warmed up, was disturbed.
-        repeats = int(seconds > self._watched_seconds) if is_long else int(min(20, budget_seconds / seconds))
+        # A pass that was long for being the first on its connections gets the repeats of a short one.
+        repeats = int(min(20, budget_seconds / seconds))
+        if is_long and not repeats:
+            runs += [_run_once(self.few, batch, clock.mark)]
+            clock.synchronize()
+            again = _slowest(clock.seconds(runs[1]["start"], runs[1]["end"]))
+            repeats = AGAIN if max(seconds, again) > DISTURBED * min(seconds, again) else 0
         runs += [_run_once(self.few, batch, clock.mark) for _ in range(repeats)]
         clock.synchronize()
         for part, spans in self._spans().items():
