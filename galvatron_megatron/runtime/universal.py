@@ -8,11 +8,13 @@ Megatron's distributed checkpoint, whose metadata also says which part of each b
 
 from collections.abc import Callable
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
@@ -135,7 +137,16 @@ def load_universal_checkpoint(directory: str | Path, chunks: list[Any], optimize
     # States go first: making their form gathers what ZeRO sharded, as saving does.
     form = optimizer.sharded_state_dict(parts, is_loading=True, metadata=dict(CONTENT))
     state = {**parts, "states": form["state"]}
-    _fill(state, _reader(source))
+    problem = ""
+    try:
+        _fill(state, _reader(source))
+    except PlanError as error:
+        problem = str(error)
+    # A file may be missing on one node alone; loading gathers, and the others would wait for its ranks.
+    problems: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if problem := next(filter(None, problems), ""):
+        raise PlanError(problem)
     for index, model in enumerate(models):
         model.load_state_dict(state[f"model{index}"])
     optimizer.load_state_dict({"settings": {**form["settings"], "step": steps}, "state": state["states"]})
@@ -169,7 +180,7 @@ def _reader(source: UniversalCheckpoint) -> Callable[[ShardedTensor], torch.Tens
         axes = entry.prepend_axis_num
         shape, offset = entry.global_shape[axes:], entry.global_offset[axes:]
         if len(found.shape) != len(shape):
-            found = found.reshape(shape) if found.numel() == shape.numel() else found
+            found = found.reshape(shape) if found.numel() == prod(shape) else found
         if tuple(found.shape) != tuple(shape):
             if not entry.allow_shape_mismatch or found.shape[1:] != torch.Size(shape[1:]):
                 raise PlanError(
