@@ -25,6 +25,7 @@ from megatron.core.optimizer.optimizer import (
 )
 
 from galvatron_megatron.errors import PlanError
+from galvatron_megatron.runtime.zero_offload import step_count
 from galvatron_megatron.runtime.zero_optimizer import STATES, ZeroOptimizer
 from galvatron_megatron.runtime.zero_whole import parameter_of
 
@@ -234,12 +235,9 @@ def _take_settings(optimizer: MegatronOptimizer, settings: dict[str, Any]) -> No
         group.update({k: v for k, v in saved[_identity(group)].items() if k not in ("params", "step")})
         if not isinstance(inner, torch.optim.Optimizer) or "step" in group:
             group["step"] = settings["step"]
-    if isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
-        for state in inner.state.values():
-            state["step"] = torch.tensor(float(settings["step"]), dtype=torch.float32)
-    elif isinstance(optimizer, ZeroOptimizer) and optimizer.engine.offloads:
-        for state in inner.state.values():
-            state["step"] = int(settings["step"])
+    for state in inner.state.values():
+        if (step := step_count(inner, int(settings["step"]))) is not None:
+            state["step"] = step
     scaler = getattr(optimizer, "grad_scaler", None)
     if scaler is not None and "grad_scaler" in settings:
         scaler.load_state_dict(settings["grad_scaler"])

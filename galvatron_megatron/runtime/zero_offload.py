@@ -52,15 +52,16 @@ def host_optimizer(param_groups: list[dict[str, Any]], config: Any) -> torch.opt
         ) from error
 
 
-def first_step(optimizer: Any) -> torch.Tensor | int | None:
-    """The step count of a parameter that was not stepped yet, as an optimizer keeps it by parameter.
+def step_count(optimizer: Any, steps: int = 0) -> torch.Tensor | int | None:
+    """A step count as an optimizer keeps it by parameter; its own for each, as some count in place.
 
     Args:
         optimizer: any Adam.
+        steps: that were made.
 
     Returns:
         A tensor for torch's, a number for DeepSpeed's on hosts, None where it is kept by group.
     """
     if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
-        return torch.tensor(0.0, dtype=torch.float32)
-    return 0 if hasattr(optimizer, "ds_opt_adam") else None
+        return torch.tensor(float(steps), dtype=torch.float32)
+    return steps if hasattr(optimizer, "ds_opt_adam") else None

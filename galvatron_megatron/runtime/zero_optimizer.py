@@ -16,7 +16,7 @@ from megatron.core.utils import unwrap_model
 
 from galvatron_megatron.plan.strategy import Offload
 from galvatron_megatron.runtime.zero import ZeroPart, import_engines
-from galvatron_megatron.runtime.zero_offload import first_step, host_optimizer
+from galvatron_megatron.runtime.zero_offload import host_optimizer, step_count
 from galvatron_megatron.runtime.zero_whole import let_checkpoints_see_whole_parameters
 
 STATES = ("exp_avg", "exp_avg_sq")
@@ -127,7 +127,7 @@ class ZeroOptimizer(MegatronOptimizer):
             for key in STATES:
                 if key not in state:
                     state[key] = torch.zeros_like(partition, requires_grad=False)
-            if (step := first_step(self.optimizer)) is not None:
+            if (step := step_count(self.optimizer)) is not None:
                 state.setdefault("step", step)
 
     def _named(self, key: str) -> list[torch.Tensor]:

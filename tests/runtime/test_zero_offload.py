@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from galvatron_megatron.runtime import zero_offload
-from galvatron_megatron.runtime.zero_offload import first_step, missing_to_step_on_host
+from galvatron_megatron.runtime.zero_offload import missing_to_step_on_host, step_count
 
 
 def test_a_device_needs_a_compiler_and_cpu_ranks_do_not(monkeypatch):
@@ -19,6 +19,6 @@ def test_a_device_needs_a_compiler_and_cpu_ranks_do_not(monkeypatch):
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
 def test_torch_counts_steps_in_tensors_and_deepspeed_in_numbers(kind):
-    assert first_step(kind([torch.zeros(1)])).item() == 0.0
-    assert first_step(Namespace(ds_opt_adam=object())) == 0
-    assert first_step(torch.optim.SGD([torch.zeros(1)])) is None
+    assert step_count(kind([torch.zeros(1)])).item() == 0.0
+    assert step_count(Namespace(ds_opt_adam=object())) == 0
+    assert step_count(torch.optim.SGD([torch.zeros(1)])) is None
