@@ -13,6 +13,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+from galvatron_megatron.commands.profile_worker import RANK_TIMEOUT_SECONDS
 from galvatron_megatron.describe.host import gpus, processor_name, software_versions
 from galvatron_megatron.describe.megatron_flags_of import flags_of
 from galvatron_megatron.describe.model_file import read_model
@@ -77,7 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the profile as JSON")
     parser.add_argument("--timeout", type=int, default=3600, help="seconds after which ranks are ended")
     parser.add_argument(
-        "--rank-timeout", type=int, default=300, help="seconds that ranks wait for one that does not answer"
+        "--rank-timeout",
+        type=int,
+        default=RANK_TIMEOUT_SECONDS,
+        help="seconds that ranks wait for one that does not answer",
     )
 
 

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from galvatron_megatron.errors import EXIT_CODE, GalvatronError
 
+RANK_TIMEOUT_SECONDS = 300
+"""How long ranks wait for one that does not answer, unless said otherwise."""
+
 
 def run_rank(request: dict, end_stuck: Callable[[str], None] | None = None) -> str:
     """Measures on this rank.
@@ -18,7 +21,7 @@ def run_rank(request: dict, end_stuck: Callable[[str], None] | None = None) -> s
     Args:
         request: ``megatron`` (words of a command line), ``directory``, ``device`` (``cpu`` or ``cuda``),
             ``global_batch_size``, ``micro_batch_sizes`` (or None), ``tps`` (or None),
-            ``again`` and, where it is not 300, ``rank_timeout`` (seconds to wait for another rank).
+            ``again`` and, where it is not the usual one, ``rank_timeout`` (seconds to wait for another rank).
         end_stuck: ends this process with a line where it is stuck; by default that prints the line.
 
     Returns:
@@ -63,7 +66,7 @@ def run_rank(request: dict, end_stuck: Callable[[str], None] | None = None) -> s
         needs,
         Path(request["directory"]),
         again=request["again"],
-        timeout_seconds=request.get("rank_timeout", 300.0),
+        timeout_seconds=request.get("rank_timeout", RANK_TIMEOUT_SECONDS),
         end_stuck=end_stuck or end_process,
     )
     return profile.fingerprint()
