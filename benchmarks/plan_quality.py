@@ -25,6 +25,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from _small_gpt import add_arguments, size_words
 from rich.console import Console
 from rich.table import Table
 
@@ -46,20 +47,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def model_words(options: argparse.Namespace) -> list[str]:
     """Megatron's arguments that describe the model."""
-    sizes = {
-        "--num-layers": options.layers,
-        "--hidden-size": options.hidden,
-        "--num-attention-heads": 4,
-        "--seq-length": options.sequence,
-        "--max-position-embeddings": options.sequence,
-        "--vocab-size": 1000,
-        "--tokenizer-type": "NullTokenizer",
-        "--hidden-dropout": 0,
-        "--attention-dropout": 0,
-        "--lr": 1e-4,
-        "--global-batch-size": options.batch,
-    }
-    return [str(word) for pair in sizes.items() for word in pair] + ["--mock-data"]
+    words = "--hidden-dropout 0 --attention-dropout 0 --lr 1e-4 --mock-data"
+    return [*size_words(options, options.batch), *words.split()]
 
 
 def uniform_plans(model: Model, options: argparse.Namespace) -> Iterator[Plan]:
@@ -216,9 +205,7 @@ def measure_link(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--sequence", type=int, default=256)
+    add_arguments(parser)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4], help="micro-batch sizes")
     parser.add_argument("--iterations", type=int, default=8)

@@ -12,6 +12,8 @@ import sys
 import tempfile
 import time
 
+from _small_gpt import add_arguments, size_words
+
 
 def timed(words: list[str]) -> tuple[float, float, str]:
     """Wall seconds, CPU seconds of all its processes and the error output of one call."""
@@ -30,25 +32,13 @@ def timed(words: list[str]) -> tuple[float, float, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--sequence", type=int, default=256)
+    add_arguments(parser)
     parser.add_argument("--batch", type=int, help="samples per step (default: 8 a rank)")
     options = parser.parse_args()
-    sizes = {
-        "--num-layers": options.layers,
-        "--hidden-size": options.hidden,
-        "--num-attention-heads": 4,
-        "--seq-length": options.sequence,
-        "--max-position-embeddings": options.sequence,
-        "--vocab-size": 1000,
-        "--tokenizer-type": "NullTokenizer",
-        "--global-batch-size": options.batch or 8 * options.ranks,
-    }
     with tempfile.TemporaryDirectory() as store:
         words = [sys.executable, "-m", "galvatron_megatron", "profile", "--device", "cpu", "--directory", store]
         words += ["--ranks", str(options.ranks), "--"]
-        words += [str(word) for pair in sizes.items() for word in pair]
+        words += size_words(options, options.batch or 8 * options.ranks)
         wall, cpu, talk = timed(words)
         print(f"first call: {wall:.1f} s wall, {cpu:.1f} s CPU of {options.ranks} ranks")
         print(next(line for line in talk.splitlines() if line.startswith("profiled in")))
