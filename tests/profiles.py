@@ -1,5 +1,6 @@
 """Made-up profiles whose every number follows a rule, so that prices can be checked by hand."""
 
+from galvatron_megatron.describe.cluster import Cluster, Constants, Device, Link
 from galvatron_megatron.describe.layer import Attention, Layer, Mlp
 from galvatron_megatron.describe.model import Model
 from galvatron_megatron.describe.profile import (
@@ -21,6 +22,24 @@ REPLICATED = 1_000
 EMBEDDING_PARAMETERS = 400_000
 LATENCY = 1e-4
 PER_BYTE = 1e-9
+_LINK = Link(gb_per_second=1.0, latency_us=100.0, efficiency=1.0, base_us=0.0)
+FOUR_RANKS = Cluster(
+    name="four ranks",
+    nodes=1,
+    devices_per_node=4,
+    device=Device(
+        name="cpu",
+        memory_gib=8.0,
+        bf16_tflops=1.0,
+        fp16_tflops=1.0,
+        fp32_tflops=1.0,
+        memory_gb_per_second=10.0,
+        processors=4,
+    ),
+    intra_node=_LINK,
+    inter_node=_LINK,
+    constants=Constants(memory_slack=0.0, context_gib=0.0, workspace_mib=0.0),
+)
 
 
 def small_model(layers: int = 4, *, tied: bool = True) -> Model:

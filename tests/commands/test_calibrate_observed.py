@@ -5,13 +5,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from profiles import small_model, small_profile
+from profiles import FOUR_RANKS, small_model, small_profile
 
 from galvatron_megatron.cli import main
 from galvatron_megatron.cost.measured import MeasuredCostModel
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.protocol import Setting
-from galvatron_megatron.describe.cluster import Cluster, Constants, Device, Link
 from galvatron_megatron.describe.observation import FORMAT
 from galvatron_megatron.describe.profile import Profile
 from galvatron_megatron.describe.profile_key import layer_digest
@@ -62,28 +61,9 @@ def write(path: Path, entries: list) -> Path:
 
 def price(profile: Profile) -> float:
     """Seconds of a layer at tp 1, micro-batch 2, as the cost model of a search has them."""
-    link = Link(gb_per_second=1.0, latency_us=100.0, efficiency=1.0, base_us=0.0)
-    device = Device(
-        name="cpu",
-        memory_gib=8.0,
-        bf16_tflops=1.0,
-        fp16_tflops=1.0,
-        fp32_tflops=1.0,
-        memory_gb_per_second=10.0,
-        processors=4,
-    )
-    cluster = Cluster(
-        name="four ranks",
-        nodes=1,
-        devices_per_node=4,
-        device=device,
-        intra_node=link,
-        inter_node=link,
-        constants=Constants(memory_slack=0.0, context_gib=0.0, workspace_mib=0.0),
-    )
     base = Strategy(dp=4)
     setting = Setting(pp=1, virtual_stages=1, base=base, micro_batch_size=2, micro_batches=1)
-    costs = MeasuredCostModel(MODEL, cluster, profile, RunOptions(implementation="local"))
+    costs = MeasuredCostModel(MODEL, FOUR_RANKS, profile, RunOptions(implementation="local"))
     return costs.layer_cost(0, base, setting).micro_batch_seconds
 
 

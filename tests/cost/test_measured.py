@@ -1,10 +1,12 @@
 """Prices from a profile: every uniform plan has one, it is the sum of its terms, and nothing is guessed."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 from profiles import (
     EMBEDDING_PARAMETERS,
+    FOUR_RANKS,
     LATENCY,
     LAYER_PARAMETERS,
     PER_BYTE,
@@ -18,8 +20,7 @@ from galvatron_megatron.cost.measured import UNAVAILABLE_BYTES, MeasuredCostMode
 from galvatron_megatron.cost.measured_points import CurveTable, PartTable, fit_steps
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.protocol import Setting
-from galvatron_megatron.describe.cluster import Cluster, Constants, Device, Link
-from galvatron_megatron.describe.profile import EMBEDDING, StepPoint
+from galvatron_megatron.describe.profile import EMBEDDING, PartPoint, StepPoint
 from galvatron_megatron.describe.profile_key import layer_digest
 from galvatron_megatron.errors import DescriptionError
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
@@ -28,28 +29,10 @@ from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strate
 MODEL = small_model()
 PROFILE = small_profile(MODEL)
 DIGEST = layer_digest(MODEL.layers[0])
-LINK = Link(gb_per_second=1.0, latency_us=100.0, efficiency=1.0, base_us=0.0)
-CLUSTER = Cluster(
-    name="four ranks",
-    nodes=1,
-    devices_per_node=4,
-    device=Device(
-        name="cpu",
-        memory_gib=8.0,
-        bf16_tflops=1.0,
-        fp16_tflops=1.0,
-        fp32_tflops=1.0,
-        memory_gb_per_second=10.0,
-        processors=4,
-    ),
-    intra_node=LINK,
-    inter_node=LINK,
-    constants=Constants(memory_slack=0.0, context_gib=0.0, workspace_mib=0.0),
-)
 
 
 def costs(**changes: object) -> MeasuredCostModel:
-    return MeasuredCostModel(MODEL, CLUSTER, replace(PROFILE, **changes), RunOptions(implementation="local"))
+    return MeasuredCostModel(MODEL, FOUR_RANKS, replace(PROFILE, **changes), RunOptions(implementation="local"))
 
 
 def uniform(
@@ -137,7 +120,7 @@ def test_a_pipeline_sends_and_keeps_its_tied_embeddings_equal():
     copied = MODEL.padded_vocab_size(1) * MODEL.hidden_size
     assert last["tied embedding gradient"] == pytest.approx(LATENCY + 4 * copied * PER_BYTE)
     untied = small_model(tied=False)
-    other = MeasuredCostModel(untied, CLUSTER, small_profile(untied), RunOptions(implementation="local"))
+    other = MeasuredCostModel(untied, FOUR_RANKS, small_profile(untied), RunOptions(implementation="local"))
     names = {term.name for term in estimate_plan(plan, other).stages[1].sync_terms}
     assert "tied embedding gradient" not in names
 
@@ -183,15 +166,20 @@ def test_sizes_between_are_interpolated_and_larger_ones_are_tagged(size, source)
     assert found.source == source
 
 
-def test_recomputation_between_its_sizes_follows_the_measured_time_without_it():
-    # Per layer 1 ms more than the line at two samples, seen without recomputation only.
-    parts = tuple(
-        replace(point, backward_seconds=point.backward_seconds + 1e-3)
-        if (point.part, point.tp, point.recompute, point.micro_batch_size) == (DIGEST, 1, Recompute.NONE, 2)
+def bent(size: int, phase: str, *, recomputed_at: Callable[[int], bool]) -> tuple[PartPoint, ...]:
+    """Points with 1 ms more at one size without recomputation, and recomputed ones at some sizes only."""
+    return tuple(
+        replace(point, **{phase: getattr(point, phase) + 1e-3})
+        if (point.part, point.tp, point.recompute, point.micro_batch_size) == (DIGEST, 1, Recompute.NONE, size)
         else point
         for point in PROFILE.parts
-        if point.recompute is Recompute.NONE or point.micro_batch_size != 2
+        if point.recompute is Recompute.NONE or recomputed_at(point.micro_batch_size)
     )
+
+
+def test_recomputation_between_its_sizes_follows_the_measured_time_without_it():
+    # Per layer 1 ms more than the line at two samples, seen without recomputation only.
+    parts = bent(2, "backward_seconds", recomputed_at=lambda size: size != 2)
     sizes = {p.micro_batch_size for p in parts if p.recompute is Recompute.FULL}
     assert 2 not in sizes and min(sizes) < 2 < max(sizes)
     table = PartTable(replace(PROFILE, parts=parts))
@@ -207,13 +195,7 @@ def test_recomputation_between_its_sizes_follows_the_measured_time_without_it():
 
 def test_recomputation_goes_on_above_its_sizes_with_the_measured_time_without_it():
     # Without recomputation a bend is measured at four samples; with it nothing is, above two.
-    parts = tuple(
-        replace(point, forward_seconds=point.forward_seconds + 1e-3)
-        if (point.part, point.tp, point.recompute, point.micro_batch_size) == (DIGEST, 1, Recompute.NONE, 4)
-        else point
-        for point in PROFILE.parts
-        if point.recompute is Recompute.NONE or point.micro_batch_size < 4
-    )
+    parts = bent(4, "forward_seconds", recomputed_at=lambda size: size < 4)
     found = PartTable(replace(PROFILE, parts=parts)).lookup(DIGEST, 1, SequenceParallel.NONE, Recompute.FULL, 4)
     assert found.forward_seconds == pytest.approx(4e-3 + 1e-3)
     assert found.backward_seconds == pytest.approx(12e-3)
