@@ -18,6 +18,12 @@ clean() {
   ip netns del "$A" 2>/dev/null || true
   ip netns del "$B" 2>/dev/null || true
 }
+# What passes at once after a pause, at full speed. A cable knows no such thing: with 256 KB, messages of that
+# size would never see the rate of a slow one. A fast one needs more, for timers are not finer than some 0.1 ms.
+case $RATE in
+  [1-9][0-9]*gbit) BURST=256kb ;;
+  *) BURST=32kb ;;
+esac
 ranks=()
 trap clean EXIT
 for node in "$A" "$B"; do
@@ -29,8 +35,7 @@ ip -n "$A" addr add "$NET.1/24" dev "v$A"
 ip -n "$B" addr add "$NET.2/24" dev "v$B"
 for node in "$A" "$B"; do
   ip -n "$node" link set "v$node" up
-  # Small bursts: a large one would pass short messages at full speed.
-  ip netns exec "$node" tc qdisc add dev "v$node" root tbf rate "$RATE" burst 256kb latency 400ms
+  ip netns exec "$node" tc qdisc add dev "v$node" root tbf rate "$RATE" burst "$BURST" latency 400ms
 done
 export MASTER_ADDR=$NET.1 MASTER_PORT=${MASTER_PORT:-29400}
 export WORLD_SIZE=$((2 * PER_NODE)) LOCAL_WORLD_SIZE=$PER_NODE
