@@ -10,12 +10,16 @@ import torch.distributed as dist
 
 from galvatron_megatron.describe.profile import CollectiveCurve
 from galvatron_megatron.profiler.clock import Clock
-from galvatron_megatron.profiler.fit import latency_bandwidth, undisturbed
+from galvatron_megatron.profiler.fit import latency_bandwidth, typical, uncertainty
 from galvatron_megatron.profiler.process_group import answer_timeout, gather
 
 SMALLEST_BYTES = 1 << 10
 GROWTH = 8
 """Factor between message sizes; curves are straight on a log scale between."""
+LONG_REPEATS = 3
+"""How often a message is sent that takes longer than the time for its size."""
+UNSURE = 0.04
+"""It is sent as often again where the relative standard error is larger."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True, order=True)
@@ -157,7 +161,7 @@ def _measure_size(
         budget_seconds: time to spend on it.
 
     Returns:
-        Undisturbed seconds until the last rank was done, as far as this rank knows, and of this rank itself.
+        Typical seconds until the last rank was done, as far as this rank knows, and of this rank itself.
     """
     operation()
     clock.synchronize()
@@ -175,11 +179,15 @@ def _measure_size(
     first = max(_latest(samples, scope)[0], 1e-6)
     if first < budget_seconds / 3:
         # Short messages still warm up in their second call, which therefore does not count.
-        own = undisturbed(timed(int(min(25, budget_seconds / first))))[0]
+        own = typical(timed(int(min(25, budget_seconds / first))))[0]
         return own, own
     # Groups that share a link do not share every message evenly: they start together, and the last one counts.
-    samples += [timed(1)[0] for _ in range(2)]
-    return undisturbed(_latest(samples, scope))[0], undisturbed(samples)[0]
+    samples += [timed(1)[0] for _ in range(LONG_REPEATS - 1)]
+    latest = _latest(samples, scope)
+    if uncertainty(typical(latest)[1], len(latest)) > UNSURE:
+        samples += [timed(1)[0] for _ in range(LONG_REPEATS)]
+        latest = _latest(samples, scope)
+    return typical(latest)[0], typical(samples)[0]
 
 
 def _latest(samples: list[float], scope: dist.ProcessGroup) -> list[float]:
@@ -209,8 +217,8 @@ def measure_curve(
         seconds_per_size: time to spend on one message size.
 
     Returns:
-        The curve, equal on every rank: the lower quartile over repeats, the maximum over ranks. And the seconds
-        of every rank for all sizes, by rank; zero where it did not take part.
+        The curve, equal on every rank: the mean of the middle half of the repeats, the maximum over ranks. And
+        the seconds of every rank for all sizes, by rank; zero where it did not take part.
     """
     shape = siblings.shape
     clock = Clock()

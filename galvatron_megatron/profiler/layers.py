@@ -14,16 +14,14 @@ from galvatron_megatron.describe.profile import EMBEDDING, HEAD, PartPoint
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
 from galvatron_megatron.profiler.clock import Clock
 from galvatron_megatron.profiler.few_layers import FewLayers, out_of_memory, refusal
-from galvatron_megatron.profiler.fit import undisturbed
+from galvatron_megatron.profiler.fit import typical, uncertainty
 from galvatron_megatron.profiler.memory import MemoryMeter
 from galvatron_megatron.profiler.process_group import gather
 
 LONG = 2
 """A pass is long where it takes more than this many rounds' time."""
-DISTURBED = 1.2
-"""Two long passes of which one takes this many times the other's time say little."""
-AGAIN = 2
-"""How many more are timed then."""
+FEWEST_LONG = 2
+"""Long passes that a round times."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -141,8 +139,8 @@ class PartMeasurement:
     """One setting of a model of a few layers, measured in rounds; every rank of the job makes the same calls.
 
     A disturbance (another process, a clock that changes) lasts longer than one setting takes, so the settings
-    of a model are measured in turn and then once more. As a disturbance only ever adds time, the lower quartile
-    of all samples is the result.
+    of a model are measured in turn and then once more, and those that vary much more often. The result is the
+    mean of the middle half of all samples.
     """
 
     few: FewLayers
@@ -156,6 +154,8 @@ class PartMeasurement:
     seq_length: int
     failure: str = ""
     """Why it cannot be measured, once that is known."""
+    uncertainty: float = 0.0
+    """Relative standard error of the layer's time, equal on every rank."""
     by_rank: list[float] = field(default_factory=list)
     """Seconds of every rank for the layers, forward and backward, by rank; empty before the first round."""
     _memory: dict[str, tuple[int, int]] | None = None
@@ -168,7 +168,7 @@ class PartMeasurement:
 
         Args:
             budget_seconds: time for the repeats. Of a setting whose one pass takes longer than two rounds, the
-                first round watches memory and the second one times two passes, and more where they differ.
+                first round watches memory and every other one times two passes.
 
         Returns:
             Points of all samples so far, for the embedding, the layer and the head (embedding and head only
@@ -194,6 +194,8 @@ class PartMeasurement:
             return []
         if not self.failure:
             self.by_rank = [entry["layer"]["forward"] + entry["layer"]["backward"] for entry in numbers]
+            count = len(self._samples["layer", "forward"])
+            self.uncertainty = uncertainty(max(entry["layer"]["spread"] for entry in numbers), count)
         return self._points(numbers)
 
     def _run(self, budget_seconds: float) -> None:
@@ -217,12 +219,7 @@ class PartMeasurement:
         clock.synchronize()
         seconds = _slowest(clock.seconds(runs[0]["start"], runs[0]["end"]))
         # A pass that was long for being the first on its connections gets the repeats of a short one.
-        repeats = int(min(20, budget_seconds / seconds))
-        if is_long and not repeats:
-            runs += [_run_once(self.few, batch, clock.mark)]
-            clock.synchronize()
-            again = _slowest(clock.seconds(runs[1]["start"], runs[1]["end"]))
-            repeats = AGAIN if max(seconds, again) > DISTURBED * min(seconds, again) else 0
+        repeats = max(int(min(20, budget_seconds / seconds)), FEWEST_LONG - 1)
         runs += [_run_once(self.few, batch, clock.mark) for _ in range(repeats)]
         clock.synchronize()
         for part, spans in self._spans().items():
@@ -247,7 +244,7 @@ class PartMeasurement:
         for part, (forward, backward, count) in self._spans().items():
             kept = max(held[forward[1]] - held[forward[0]], 0)
             above = max(peak[forward[1]], peak[backward[1]]) - held[forward[1]]
-            phases = {name: undisturbed(self._samples[part, name]) for name in ("forward", "backward")}
+            phases = {name: typical(self._samples[part, name]) for name in ("forward", "backward")}
             result[part] = {
                 **{name: seconds for name, (seconds, _) in phases.items()},
                 "spread": max(spread for _, spread in phases.values()),

@@ -65,6 +65,10 @@ MOST_LAYERS = 2
 """Layers in memory at most: a layer's weights then leave the processor's caches as in a real model."""
 ROUNDS = 2
 """How often every setting is measured, with all others of its model in between."""
+MOST_ROUNDS = 6
+"""How often those are whose times vary much."""
+UNSURE = 0.04
+"""Relative standard error above which times vary much."""
 LEAST_LARGEST_BYTES = 4 << 20
 """Every curve reaches this far, where bandwidth and not latency decides."""
 LARGEST_CPU_BYTES = 32 << 20
@@ -392,6 +396,8 @@ class _Run:
             ]
             for _ in range(ROUNDS):
                 self._measure_round(measurements)
+            for _ in range(ROUNDS, MOST_ROUNDS):
+                self._measure_round([m for m in measurements if m.uncertainty > UNSURE])
             done = min(left, len(measurements))
             left -= done
             self.progress.advance(done)

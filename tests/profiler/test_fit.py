@@ -1,10 +1,11 @@
 """Robust statistics and the latency-bandwidth fit."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galvatron_megatron.profiler.fit import latency_bandwidth, undisturbed
+from galvatron_megatron.profiler.fit import latency_bandwidth, typical, uncertainty, undisturbed
 
 SIZES = [1 << k for k in range(10, 27, 3)]
 
@@ -42,3 +43,26 @@ def test_disturbances_do_not_move_the_result():
     assert undisturbed([3.0]) == (3.0, 0.0)
     # Of few samples one disturbed one must not count at all.
     assert undisturbed([9.0, 3.0])[0] == undisturbed([4.0, 3.0, 9.0])[0] == 3.0
+
+
+def test_the_typical_value_is_that_of_the_middle_half():
+    assert typical([4.0, 1.0, 3.0, 100.0])[0] == 3.5
+    assert typical([3.0]) == (3.0, 0.0)
+    assert typical([2.0, 3.0])[0] == 2.5
+    # A quarter of three samples is three quarters of the least and of the largest one.
+    assert typical([2.0, 6.0, 4.0])[0] == pytest.approx(4.0)
+    assert typical([2.0, 9.0, 4.0])[0] == pytest.approx((0.25 * 2 + 4 + 0.25 * 9) / 1.5)
+
+
+def test_one_call_in_two_that_takes_longer_counts_in_the_typical_value_and_not_in_the_undisturbed_one():
+    samples = [1.0, 2.0] * 8
+    assert typical(samples)[0] == pytest.approx(1.5)
+    assert undisturbed(samples)[0] == 1.0
+
+
+def test_the_uncertainty_is_the_standard_error_of_normal_samples():
+    draws = np.random.default_rng(0).normal(10.0, 1.0, size=(4000, 24))
+    found = [typical(row) for row in draws]
+    error = np.std([value for value, _ in found])
+    expected = np.mean([value * uncertainty(spread, 24) for value, spread in found])
+    assert expected == pytest.approx(error, rel=0.1)
