@@ -298,15 +298,27 @@ def _start_ranks(request: dict, count: int, timeout_seconds: float) -> str:
         done = path.with_suffix(".done")
         if done.exists():
             return done.read_text()
-        for rank in range(count):
-            failed = path.with_suffix(f".error{rank}")
-            if failed.exists():
-                raise GalvatronError(failed.read_text())
+        said = _first_error(path, count, bad)
+        if said:
+            raise GalvatronError(said)
         last = (logs[bad].read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
         raise GalvatronError(
             f"profile: rank {bad} of {count} ended with exit code {ranks[bad].returncode} ({last}); "
             "valid: run again, what was measured is kept"
         )
+
+
+def _first_error(request: Path, count: int, bad: int) -> str:
+    """What the first rank that failed says, else the one of the others that spoke first, else nothing.
+
+    Ranks that wait for another one fail after it, with a line about it.
+    """
+    errors = [request.with_suffix(f".error{rank}") for rank in range(count)]
+    said = [path for path in errors if path.exists()]
+    if not said:
+        return ""
+    first = errors[bad] if errors[bad] in said else min(said, key=lambda path: path.stat().st_mtime_ns)
+    return first.read_text()
 
 
 def _wait(ranks: list[subprocess.Popen], timeout_seconds: float) -> int:

@@ -32,13 +32,14 @@ def profile_path(directory: Path, fingerprint: str) -> Path:
     return directory / f"profile-{fingerprint}.json"
 
 
-def check_directory(directory: Path, *, create: bool = False, write: bool = True) -> Path:
+def check_directory(directory: Path, *, create: bool = False, write: bool = True, lacks: str = "") -> Path:
     """Makes sure that a directory can hold profiles, before anything is measured or searched for.
 
     Args:
         directory: the directory.
         create: make it, with its parents (meant for the default directory).
         write: profiles are to be written there; a store that many read may be read-only.
+        lacks: what is to be written, for the error.
 
     Returns:
         The directory.
@@ -57,7 +58,8 @@ def check_directory(directory: Path, *, create: bool = False, write: bool = True
                 pass
     except OSError as error:
         raise DescriptionError(
-            f"profile directory {directory}: cannot be written to ({error.strerror}); valid: an existing "
+            f"profile directory {directory}: {f'lacks {lacks} and ' if lacks else ''}cannot be written to "
+            f"({error.strerror}); valid: an existing "
             "writable directory, named by --galvatron-profile-dir (--directory of galvatron profile)"
         ) from None
     return directory

@@ -74,7 +74,7 @@ class DecisionStore:
     """Plans that were found before, one file per kind of job, beside the profiles they come from.
 
     Args:
-        directory: existing and writable.
+        directory: existing; writable where plans are to be kept.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -108,9 +108,13 @@ class DecisionStore:
             return Decision.from_dict(document["decision"], str(path)), ""
         except (GalvatronError, ValueError, KeyError) as error:
             aside = path.with_suffix(".damaged")
-            with suppress(FileNotFoundError):  # another job that met it did so first
-                path.replace(aside)
-            return None, f"kept plan {path}: damaged ({error}); set aside as {aside.name}, planning again"
+            fate = f"set aside as {aside.name}"
+            try:
+                with suppress(FileNotFoundError):  # another job that met it did so first
+                    path.replace(aside)
+            except OSError as cause:
+                fate = f"cannot be set aside ({cause.strerror})"
+            return None, f"kept plan {path}: damaged ({error}); {fate}, planning again"
 
     def write(self, job: Mapping[str, object], decision: Decision) -> None:
         """Keeps a plan, replacing an older one for the same kind of job.

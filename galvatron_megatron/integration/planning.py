@@ -134,8 +134,7 @@ class JobPlanner:
         )
         profile_seconds = time.perf_counter() - started
         decision = self._shared(lambda: self._search(profile, cluster, profile_seconds, notes))
-        self.channel.share(lambda: DecisionStore(directory).write(self._job(), decision))
-        return decision
+        return self._shared(lambda: self._keep(directory, decision))
 
     def arguments(self, plan: Plan) -> dict[str, object]:
         """Megatron's arguments for a plan; for one whose layers differ, those of its base layout."""
@@ -199,7 +198,8 @@ class JobPlanner:
 
     def _directory(self) -> Path:
         given = self.options.profile_directory
-        return check_directory(given or default_directory(), create=given is None).absolute()
+        # A read-only store that holds everything serves as it is; measuring checks again.
+        return check_directory(given or default_directory(), create=given is None, write=False).absolute()
 
     def _kept(self, directory: Path) -> dict[str, object]:
         store, job = DecisionStore(directory), self._job()
@@ -208,6 +208,15 @@ class JobPlanner:
         decision, note = store.read(job)
         found = None if decision is None else decision.to_dict()
         return {"decision": found, "note": note, "source": f"kept in {store.path(job)}"}
+
+    def _keep(self, directory: Path, decision: Decision) -> Decision:
+        """Keeps a plan for the next job; where it cannot be kept, this job trains under it all the same."""
+        try:
+            DecisionStore(directory).write(self._job(), decision)
+        except GalvatronError as error:
+            note = f"this plan is not kept, the next job searches again: {error}"
+            return replace(decision, notes=(*decision.notes, note))
+        return decision
 
     # How a plan is found.
 

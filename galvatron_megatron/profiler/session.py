@@ -181,7 +181,7 @@ def profile_live_ranks(
         run.progress = progress
         if run.lacks_anything():
             # Before minutes of measurements; a read-only store that holds all of them serves as it is.
-            on_rank_zero(lambda: str(check_directory(directory)))
+            on_rank_zero(lambda: str(check_directory(directory, lacks="measurements of this job")))
         if not run.profile.speeds:
             progress.at("the speed of the devices")
             with progress.phase("device speed"):

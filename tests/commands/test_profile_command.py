@@ -1,6 +1,7 @@
 """galvatron profile: managing the store, and the errors of measuring."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -127,6 +128,17 @@ def test_a_batch_script_under_slurm_is_no_rank_and_starts_ranks(tmp_path, capsys
     monkeypatch.setattr(command, "_start_ranks", start)
     code, _, err = profile(capsys, "--model", "gpt3-125m", "--ranks", "3", "--directory", tmp_path)
     assert code == 2 and err == "galvatron profile: 3 ranks are to be started\n"
+
+
+def test_the_first_rank_that_failed_is_heard(tmp_path):
+    request = tmp_path / "request.json"
+    assert command._first_error(request, 4, 2) == ""
+    for rank in (2, 3, 0):
+        request.with_suffix(f".error{rank}").write_text(f"rank {rank}")
+        os.utime(request.with_suffix(f".error{rank}"), ns=(0, 5 - rank))
+    assert command._first_error(request, 4, 2) == "rank 2"
+    # Rank 1 was killed and said nothing: of those that waited for it, the one that spoke first.
+    assert command._first_error(request, 4, 1) == "rank 3"
 
 
 def test_measuring_without_torch_says_what_to_install(tmp_path, capsys, monkeypatch):

@@ -1,6 +1,8 @@
 """Whole jobs of our own script under --galvatron-auto; the same path on Megatron's scripts is next door."""
 
 import json
+import shutil
+import subprocess
 
 import pytest
 from jobs import SIZES, SMALL, deepspeed, hand_words, run_ranks, torchrun
@@ -96,13 +98,35 @@ def test_the_deepspeed_launcher_gives_the_same_plan_and_losses(planned, tmp_path
     assert two.losses == pytest.approx(job.losses, abs=1e-5)
 
 
+def test_a_read_only_store_serves_where_it_holds_everything_and_is_refused_where_not(planned, tmp_path):
+    directory, words, _, _, _ = planned
+    (profile_file,) = directory.glob("profile-*.json")
+    store = tmp_path / "store"
+    store.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(store)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        shutil.copy(profile_file, store)
+        subprocess.run(["mount", "-o", "remount,ro", str(store)], check=True)
+        there = [*words, "--galvatron-profile-dir", str(store), "--galvatron-plan-only"]
+        job = run_ranks(2, [str(SMALL), *SIZES, *there])
+        assert job.codes == [0, 0] and "plan (searched)" in job.text, job.text[-3000:]
+        assert "note: this plan is not kept" in job.text and "Read-only file system" in job.text
+        lacking = run_ranks(2, [str(SMALL), *SIZES, *there, "--hidden-size", "128"])
+        assert lacking.codes == [EXIT_CODE, EXIT_CODE], lacking.text[-3000:]
+        assert len(set(lacking.errors)) == 1 and "Traceback" not in lacking.text
+        assert "lacks measurements of this job and cannot be written to (Read-only" in lacking.errors[0]
+    finally:
+        subprocess.run(["umount", str(store)], check=True)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--galvatron-memory-gb", "0.0001"], "nothing fits"),
         (["--tensor-model-parallel-size", "3"], "tp is fixed by hand"),
         (["--pipeline-model-parallel-size", "2", "--num-layers", "1"], "pipeline"),
-        (["--galvatron-profile-dir", "/nonexistent"], "/nonexistent: does not exist"),
     ],
 )
 def test_a_failure_ends_every_rank_with_one_line(planned, words, message):

@@ -1,3 +1,7 @@
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
 from galvatron_megatron.errors import GalvatronError
@@ -61,6 +65,19 @@ def test_a_damaged_file_is_set_aside_whole(tmp_path, damage):
     assert path.with_suffix(".damaged").read_text() == damaged
     store.write(JOB, DECISION)
     assert store.read(JOB) == (DECISION, "")
+
+
+def test_a_damaged_file_in_a_read_only_store_is_planned_around(tmp_path, monkeypatch):
+    store = DecisionStore(tmp_path)
+    store.path(JOB).write_text("{")
+
+    def refused(self, target):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "replace", refused)
+    found, note = store.read(JOB)
+    assert found is None and "cannot be set aside (Read-only file system), planning again" in note
+    assert "\n" not in note
 
 
 def test_something_else_is_refused():
