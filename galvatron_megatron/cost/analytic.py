@@ -159,6 +159,15 @@ class AnalyticCostModel:
             return 0.0
         return self._moved(before.layout, after.layout, setting.micro_batch_samples)
 
+    def reshard_source(self, before: Strategy, after: Strategy) -> str:
+        """Where the price of a change of layout comes from."""
+        return "modelled"
+
+    @property
+    def send_source(self) -> str:
+        """Where the price of a pipeline send comes from."""
+        return "modelled"
+
     def send_seconds(self, setting: Setting) -> float:
         """Pipeline send of one micro-batch's activation and of its gradient over one boundary.
 

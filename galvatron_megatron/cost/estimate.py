@@ -177,7 +177,7 @@ class _Sums:
     backward: float = 0.0
     chunk_activation: int = 0
     chunk_transient: int = 0
-    resharding: float = 0.0
+    resharding: Totals = field(default_factory=dict)
     sends: float = 0.0
     sync: float = 0.0
     state: int = 0
@@ -271,12 +271,13 @@ def _stage(
         sums.start_chunk()
         if index == 0:
             sums.add(costs.priced_embedding(setting), 1, live[chunk])
-        moved, before, number = 0.0, plan.base, starts[index]
+        moves, before, number = [], plan.base, starts[index]
         for (_, strategy), times in _runs(plan, costs, index, starts):
-            moved += costs.reshard_seconds(number, before, strategy, setting)
+            moves.append(_resharding(costs, number, before, strategy, setting))
             sums.add(costs.priced_layer(number, strategy, setting), times, live[chunk])
             before, number = strategy, number + times
-        moved += costs.reshard_seconds(number - 1, before, plan.base, setting)
+        moves.append(_resharding(costs, number - 1, before, plan.base, setting))
+        moved = sum(move.value for move in moves)
         if last:
             sums.add(costs.priced_head(setting), 1, live[chunk])
         chunks.append(
@@ -288,13 +289,10 @@ def _stage(
                 transient_bytes=sums.chunk_transient,
             )
         )
-        sums.resharding += moved
+        _add(sums.resharding, moves, 1)
         sums.sends += 0.0 if last else send
     transient_slack = int(sums.transient * costs.slack_share())
-    sums.time_totals |= {
-        ("resharding", "modelled"): sums.resharding,
-        ("pipeline send", "modelled"): sums.sends,
-    }
+    sums.time_totals |= {**sums.resharding, ("pipeline send", costs.send_source): sums.sends}
     sums.memory_totals |= {
         ("transient", "modelled"): sums.transient - transient_slack,
         ("allocator slack", "modelled"): sums.slack + transient_slack,
@@ -314,6 +312,11 @@ def _stage(
         sync_totals=sums.sync_totals,
         memory_totals=sums.memory_totals,
     )
+
+
+def _resharding(costs: TermCostModel, layer: int, before: Strategy, after: Strategy, setting: Setting) -> Term:
+    seconds = costs.reshard_seconds(layer, before, after, setting)
+    return Term(name="resharding", value=seconds, source=costs.reshard_source(before, after))
 
 
 def _runs(

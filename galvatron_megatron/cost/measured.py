@@ -10,6 +10,7 @@ from galvatron_megatron.cost.memory import parameter_bytes, state_bytes
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.overlap import exposed_seconds
 from galvatron_megatron.cost.protocol import LayerCost, Setting
+from galvatron_megatron.cost.resharding import Layout, reshard_transfer
 from galvatron_megatron.cost.terms import PricedLayer, Term
 from galvatron_megatron.describe.cluster import Cluster
 from galvatron_megatron.describe.model import Model
@@ -60,6 +61,7 @@ class MeasuredCostModel:
         self._element = parameter_bytes(model.precision, self.options)
         self._digests = tuple(layer_digest(layer) for layer in model.layers)
         self._layer = lru_cache(maxsize=None)(self._price_layer)
+        self._moved = lru_cache(maxsize=None)(self._price_move)
         self._ends = lru_cache(maxsize=None)(self._price_end)
         self._steps = {
             zero: fit_steps([point for point in profile.steps if point.zero == zero])
@@ -81,8 +83,28 @@ class MeasuredCostModel:
         return self.priced_head(setting).cost
 
     def reshard_seconds(self, layer: int, before: Strategy, after: Strategy, setting: Setting) -> float:
-        """Time to move one micro-batch's activations between two layouts; modelled from the measured links."""
-        return self._analytic.reshard_seconds(layer, before, after, setting)
+        """Time to move one micro-batch's activations between two layouts, forward and backward.
+
+        The runtime moves them in one all-to-all of the smallest group of consecutive ranks that holds both
+        layouts, so that is the curve it is read off. Where the profile has none, its links say it.
+        """
+        if before.layout == after.layout:
+            return 0.0
+        if self.reshard_source(before, after) == "modelled":
+            return self._analytic.reshard_seconds(layer, before, after, setting)
+        return self._moved(before.layout, after.layout, setting.micro_batch_samples)
+
+    def reshard_source(self, before: Strategy, after: Strategy) -> str:
+        """``measured`` where the profile has the all-to-all of the move, else ``modelled``."""
+        moves = ((before.layout, after.layout), (after.layout, before.layout))
+        groups = {reshard_transfer(*move).group_ranks for move in moves}
+        known = all(ranks == 1 or self._curves.find("all_to_all", ranks, 1) for ranks in groups)
+        return "measured" if known else "modelled"
+
+    @property
+    def send_source(self) -> str:
+        """Where the price of a pipeline send comes from."""
+        return "measured"
 
     def send_seconds(self, setting: Setting) -> float:
         """Pipeline send of one micro-batch's activation and of its gradient over one boundary."""
@@ -172,6 +194,18 @@ class MeasuredCostModel:
         if strategy.zero not in self._steps or strategy.offload is not Offload.NONE:
             return NOT_MEASURED
         return self._parts.lookup(part, strategy.tp, kind, recompute, samples)
+
+    def _price_move(self, before: Layout, after: Layout, samples: int) -> float:
+        total = samples * self.model.seq_length * self.model.hidden_size * element_bytes(self.model.precision)
+        seconds = 0.0
+        for source, target in ((before, after), (after, before)):
+            transfer = reshard_transfer(source, target)
+            ranks = transfer.group_ranks
+            if transfer.fraction:
+                # In a measured all-to-all a rank gets the shares of the others; its own stays where it is.
+                message = transfer.fraction * total * ranks / (ranks - 1)
+                seconds += self._curves.seconds("all_to_all", message, ranks, 1)
+        return seconds
 
     def _refuse(self, what: str, strategy: Strategy, samples: int, reason: str) -> PricedLayer:
         self.refusals[f"{what}, {strategy}, {samples} samples"] = reason

@@ -124,11 +124,10 @@ class CurveTable:
     def _crosses(self, ranks: int, stride: int) -> bool:
         return (ranks - 1) * stride >= self._ranks_per_node
 
-    def curve(self, collective: str, ranks: int, stride: int) -> CollectiveCurve:
+    def find(self, collective: str, ranks: int, stride: int) -> CollectiveCurve | None:
         """The curve of a group shape; of the nearest stride on the same side of the node where it is missing.
 
-        Raises:
-            DescriptionError: nothing comparable was measured.
+        None where nothing comparable was measured.
         """
         same = [
             curve
@@ -137,12 +136,21 @@ class CurveTable:
             and (curve.collective, curve.ranks) == (collective, ranks)
             and self._crosses(ranks, curve.stride) == self._crosses(ranks, stride)
         ]
-        if not same:
+        return min(same, key=lambda curve: abs(curve.stride - stride), default=None)
+
+    def curve(self, collective: str, ranks: int, stride: int) -> CollectiveCurve:
+        """The curve that :meth:`find` finds.
+
+        Raises:
+            DescriptionError: nothing comparable was measured.
+        """
+        found = self.find(collective, ranks, stride)
+        if found is None:
             raise DescriptionError(
                 f"profile: {collective} over {ranks} ranks, {stride} apart, was not measured; "
                 "valid: measure again with galvatron profile --again"
             )
-        return min(same, key=lambda curve: abs(curve.stride - stride))
+        return found
 
     def seconds(self, collective: str, message_bytes: float, ranks: int, stride: int) -> float:
         """Time of one collective; zero for a group of one and for an empty message."""

@@ -11,6 +11,7 @@ from profiles import (
     LAYER_PARAMETERS,
     PER_BYTE,
     REPLICATED,
+    curve,
     small_model,
     small_profile,
 )
@@ -209,6 +210,40 @@ def test_a_missing_curve_is_an_error_and_a_near_one_is_used():
     with pytest.raises(DescriptionError, match="all_reduce over 3 ranks"):
         table.curve("all_reduce", 3, 1)
     assert table.seconds("all_reduce", 1e6, 1, 1) == 0
+
+
+def test_a_change_of_layout_takes_as_long_as_its_all_to_all():
+    plain, split = Strategy(tp=1, dp=4), Strategy(tp=2, dp=2, sequence_parallel=SequenceParallel.MEGATRON)
+    setting = Setting.of(uniform(size=2))
+    measured, modelled = costs(collectives=(*PROFILE.collectives, curve("all_to_all", 2, 1))), costs()
+    assert (measured.reshard_source(plain, split), modelled.reshard_source(plain, split)) == (
+        "measured",
+        "modelled",
+    )
+    # A rank keeps half of its share and gets the other half, which is half of what an all-to-all of two moves.
+    whole = setting.micro_batch_samples * MODEL.seq_length * MODEL.hidden_size * 4
+    message = whole / 4 / 2
+    assert measured.reshard_seconds(0, plain, split, setting) == pytest.approx(
+        2 * (LATENCY + message * 2 * PER_BYTE)
+    )
+    assert measured.reshard_seconds(0, plain, plain, setting) == 0.0
+    assert modelled.reshard_seconds(0, plain, split, setting) > 0
+    # One direction of a replicated layout needs nothing from anybody.
+    replicated = Strategy(tp=2, dp=2)
+    assert measured.reshard_seconds(0, split, replicated, setting) == pytest.approx(
+        LATENCY + message * 2 * PER_BYTE
+    )
+    mixed = uniform(size=2)
+    layers = list(mixed.stages[0].layers)
+    layers[1] = replace(layers[1], strategy=split)
+    mixed = replace(mixed, stages=(StagePlan(layers=tuple(layers)),))
+    for model, source in ((measured, "measured"), (modelled, "modelled")):
+        found = [
+            term
+            for term in estimate_plan(mixed, model).stages[0].micro_batch_terms
+            if term.name == "resharding"
+        ]
+        assert [term.source for term in found] == [source] and found[0].value > 0
 
 
 def test_the_optimizer_line_is_found_and_never_negative():
