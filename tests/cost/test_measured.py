@@ -220,7 +220,7 @@ def test_a_change_of_layout_takes_as_long_as_its_all_to_all():
         "measured",
         "modelled",
     )
-    # A rank keeps half of its share and gets the other half, which is half of what an all-to-all of two moves.
+    # A rank keeps half of its share and gets the other half; an all-to-all of two moves half of its message.
     whole = setting.micro_batch_samples * MODEL.seq_length * MODEL.hidden_size * 4
     message = whole / 4 / 2
     assert measured.reshard_seconds(0, plain, split, setting) == pytest.approx(
@@ -228,10 +228,10 @@ def test_a_change_of_layout_takes_as_long_as_its_all_to_all():
     )
     assert measured.reshard_seconds(0, plain, plain, setting) == 0.0
     assert modelled.reshard_seconds(0, plain, split, setting) > 0
-    # One direction of a replicated layout needs nothing from anybody.
+    # Out of a replicated layout a rank needs nothing from the other; into it, the half that the other has.
     replicated = Strategy(tp=2, dp=2)
     assert measured.reshard_seconds(0, split, replicated, setting) == pytest.approx(
-        LATENCY + message * 2 * PER_BYTE
+        LATENCY + 2 * message * 2 * PER_BYTE
     )
     mixed = uniform(size=2)
     layers = list(mixed.stages[0].layers)
