@@ -11,10 +11,10 @@ are destroyed after each case. A case that fails or takes too long raises here, 
 and the next case gets fresh ranks.
 """
 
+import functools
 import gc
 import importlib
 import itertools
-import multiprocessing
 import os
 import socket
 import sys
@@ -25,7 +25,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-THREADS_OF_A_PROCESS = 300
+from nursery import NURSERIES, Nursery
+
+THREADS_OF_A_PROCESS = 200
 """Threads with which ranks are started anew: Gloo's of groups that caches of Megatron and engines of DeepSpeed
 keep of each case, every one of which wakes up a hundred times a second."""
 
@@ -52,7 +54,7 @@ class Ranks:
     def __init__(self, world_size: int, *, timeout_seconds: float = 300.0) -> None:
         self.world_size = world_size
         self.timeout_seconds = timeout_seconds
-        self._processes: list[multiprocessing.process.BaseProcess] = []
+        self._processes: list[int] = []
         self._pipes: list[Connection] = []
 
     def run(
@@ -72,7 +74,7 @@ class Ranks:
         Raises:
             RankError: it raised on a rank, a rank died, or time ran out.
         """
-        if self._processes and _threads(self._processes[0].pid) > THREADS_OF_A_PROCESS:
+        if self._processes and _threads(self._processes[0]) > THREADS_OF_A_PROCESS:
             self.close()
         if not self._processes:
             self._start()
@@ -94,24 +96,18 @@ class Ranks:
 
     def close(self) -> None:
         """Ends the ranks."""
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.join()
+        for rank, process in enumerate(self._processes):
+            _nursery(rank).end(process)
         for pipe in self._pipes:
             pipe.close()
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
         port = free_port()
         for rank in range(self.world_size):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, self.world_size, port), daemon=True)
-            process.start()
-            there.close()
+            process, pipe = _nursery(rank).fork(rank, self.world_size, port)
             self._processes.append(process)
-            self._pipes.append(here)
+            self._pipes.append(pipe)
         try:
             self._collect(300.0)
         except RankError:
@@ -141,7 +137,17 @@ class Ranks:
         return [answers[rank] for rank in range(self.world_size)]
 
 
-def _threads(process: int | None) -> int:
+@functools.cache
+def _nurseries() -> list[Nursery]:
+    return [Nursery(_serve) for _ in range(NURSERIES)]
+
+
+def _nursery(rank: int) -> Nursery:
+    """Where a rank comes from."""
+    return _nurseries()[rank % NURSERIES]
+
+
+def _threads(process: int) -> int:
     """How many threads a process has; none where the system does not say."""
     return len(list(Path("/proc", str(process), "task").glob("*")))
 

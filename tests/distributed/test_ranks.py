@@ -1,3 +1,4 @@
+import os
 import time
 
 import pytest
@@ -24,9 +25,15 @@ def sleep(rank, world_size, seconds):
     time.sleep(seconds)
 
 
+def hash_of_a_word(rank, world_size):
+    return hash("word")
+
+
 @pytest.mark.distributed
 def test_cases_run_on_the_same_ranks_and_failures_are_shown(ranks):
     pair = ranks(2)
+    first, second = pair.run(hash_of_a_word)
+    assert first != second or "PYTHONHASHSEED" in os.environ, "no order may come from a set of strings"
     assert pair.run(total, 1) == [[3.0, 3.0]] * 2
     assert pair.run(total, value=2) == [[5.0, 5.0]] * 2
     with pytest.raises(RankError, match=r"(?s)rank 1 of 2:.*ValueError: only here"):
