@@ -1,7 +1,7 @@
 """Attaches a plan to Megatron's training loop.
 
 Megatron has public seams for most of what a plan needs: ``ModuleSpec`` for the layers, process-group
-collections for their groups, subclasses of its DDP and its chained optimizer. Six names have none, because
+collections for their groups, subclasses of its DDP and its chained optimizer. Eight names have none, because
 Megatron builds these objects from its own imports; they are replaced here and nowhere else, while a plan is
 attached (megatron-core 0.19; ``tests/runtime/test_attach.py`` notices when one of them moves):
 
@@ -9,7 +9,9 @@ attached (megatron-core 0.19; ``tests/runtime/test_attach.py`` notices when one 
 * ``DistributedDataParallel`` as ``megatron.training`` imports it (two modules);
 * ``get_megatron_optimizer`` as ``megatron.training.training`` imports it;
 * ``load_checkpoint`` likewise: it puts the random states of one rank onto others;
-* ``_build_sharded_state_dict_metadata`` of ``megatron.training.checkpointing``: describes what is saved.
+* ``_build_sharded_state_dict_metadata`` of ``megatron.training.checkpointing``: describes what is saved;
+* ``generate_state_dict`` there: it gathers what is saved, to which each rank's random streams are added;
+* ``_load_base_checkpoint`` there: it says what a checkpoint holds, and hands over what was loaded.
 """
 
 import copy
@@ -32,12 +34,13 @@ from megatron.training.models import dist_utils
 from galvatron_megatron.errors import UnsupportedPlanError
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.serialization import plan_to_dict
-from galvatron_megatron.runtime.checkpoint import CONTENT, ReshardableOptimizer
+from galvatron_megatron.runtime.checkpoint import CONTENT, ReshardableOptimizer, describe_loaded
 from galvatron_megatron.runtime.context import RuntimeContext
 from galvatron_megatron.runtime.data_parallel import PlannedDataParallel
 from galvatron_megatron.runtime.layers import planned_spec
 from galvatron_megatron.runtime.norms import allow_sequence_parallel
 from galvatron_megatron.runtime.optimizer import PlannedOptimizer, build_optimizer
+from galvatron_megatron.runtime.saved_streams import SavedStreams
 from galvatron_megatron.runtime.support import check_stage, check_supported
 from galvatron_megatron.runtime.zero import is_left_to_megatron, uses_deepspeed
 
@@ -49,6 +52,8 @@ HOOKED: tuple[tuple[Any, str], ...] = (
     (training, "get_megatron_optimizer"),
     (training, "load_checkpoint"),
     (checkpointing, "_build_sharded_state_dict_metadata"),
+    (checkpointing, "generate_state_dict"),
+    (checkpointing, "_load_base_checkpoint"),
 )
 """Every attribute of Megatron that is replaced while a plan is attached."""
 
@@ -77,17 +82,24 @@ class Attachment:
                     *replacements[:4],
                     _adopt_optimizer(training.get_megatron_optimizer),
                     replacements[5],
-                    _describe_content(checkpointing._build_sharded_state_dict_metadata),
+                    _describe_content(checkpointing._build_sharded_state_dict_metadata, CONTENT),
+                    replacements[7],
+                    describe_loaded(checkpointing._load_base_checkpoint, runs_alike=True),
                 )
         else:
+            streams = SavedStreams(plan, lambda: self.context.streams)
             replacements = (
                 self._hook_gpt(GPTModel.__init__),
                 self._hook_hybrid(HybridModel.__init__),
                 self._data_parallel_class(),
                 self._data_parallel_class(),
                 self._build_optimizer,
-                self._hook_load(training.load_checkpoint),
-                _describe_content(checkpointing._build_sharded_state_dict_metadata),
+                streams.hook_load(training.load_checkpoint),
+                _describe_content(
+                    checkpointing._build_sharded_state_dict_metadata, {**CONTENT, **streams.content}
+                ),
+                streams.hook_generate(checkpointing.generate_state_dict),
+                streams.hook_read(describe_loaded(checkpointing._load_base_checkpoint, runs_alike=False)),
             )
         for (owner, name), replacement in zip(HOOKED, replacements, strict=True):
             setattr(owner, name, replacement)
@@ -168,21 +180,12 @@ class Attachment:
         """Stands in for ``get_megatron_optimizer``."""
         return build_optimizer(config, model_chunks, config_overrides, self.context)
 
-    def _hook_load(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(original)
-        def load(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            self.context.streams.restart(iteration=result[0])
-            return result
-
-        return load
-
 
 def install(plan: Plan, args: Any) -> None:
     """Makes Megatron run a plan; called on every rank before Megatron builds the model.
 
     A plan that Megatron's arguments reproduce is run by Megatron's own code; only the checkpoints it saves take
-    the form that every plan can load. It still loads what Megatron saved without a plan.
+    the form that every plan can load, which stock Megatron reads as well.
 
     Args:
         plan: the plan.
@@ -234,12 +237,12 @@ def _adopt_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
-def _describe_content(original: Callable[..., dict]) -> Callable[..., dict]:
-    """Marks checkpoints as ones that every plan can load."""
+def _describe_content(original: Callable[..., dict], content: dict[str, Any]) -> Callable[..., dict]:
+    """Says in checkpoints what they hold besides what Megatron says."""
 
     @wraps(original)
     def build(*args: Any, **kwargs: Any) -> dict:
-        return {**original(*args, **kwargs), **CONTENT}
+        return {**original(*args, **kwargs), **content}
 
     return build
 

@@ -1,19 +1,26 @@
-"""Optimizer states in distributed checkpoints that any plan can load, whatever plan saved them.
+"""Optimizer states in distributed checkpoints that any plan can load, whatever plan or Megatron saved them.
 
-Megatron saves states by optimizer object and by internal number, both of which depend on how the job was
-parallel. Here every state tensor is saved under the name of its parameter in the model's checkpoint
-(``optimizer.state.exp_avg.<name>``, ``optimizer.state.exp_avg_sq.<name>``, ``optimizer.state.param.<name>``
-for the fp32 main weight), as a piece of the whole tensor; what is not a tensor is saved once. A job
-whose plan leaves the work to Megatron also loads what Megatron saved without a plan, and saves in this form.
+Stock Megatron keeps states in several forms. One knows nothing of how the job was parallel: what its
+distributed optimizer saves with ``--dist-ckpt-optim-fully-reshardable``. Every state tensor has the name of its
+parameter in the model's checkpoint (``optimizer.state.exp_avg.<name>``, ``optimizer.state.exp_avg_sq.<name>``,
+``optimizer.state.param.<name>`` for the fp32 main weight) and is a piece of the whole tensor; what is not a
+tensor is saved once. That form is written here, with each layer under its own name, so that stock Megatron
+reads it as its own. Read are this form and that of Megatron's optimizer without sharding, which differs in the
+main weight's name alone.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -29,12 +36,12 @@ from galvatron_megatron.runtime.zero_offload import step_count
 from galvatron_megatron.runtime.zero_optimizer import STATES, ZeroOptimizer
 from galvatron_megatron.runtime.zero_whole import parameter_of
 
-MARK = "galvatron_optimizer_states"
+_FORM = "distrib_optim_sharding_type"
+_RESHARDABLE = "fully_reshardable"
 CONTENT = {
     "non_homogeneous_layers": True,
-    "distrib_optim_sharding_type": "fully_reshardable",
+    _FORM: _RESHARDABLE,
     "distrib_optim_fully_reshardable_mem_efficient": False,
-    MARK: True,
 }
 """What the metadata of a checkpoint says, by which Megatron and this module know how to read it again.
 
@@ -42,6 +49,13 @@ Megatron stacks equal layers into one tensor with one grid of pieces, into which
 tensor-parallel degrees do not fit: ``non_homogeneous_layers`` gives each layer its own name.
 """
 
+_UNSHARDED = "galvatron_states_of_unsharded_optimizer"
+"""In the description of a loaded checkpoint: Megatron's optimizer without sharding saved its states."""
+_STATES = "param_state"
+_READ = "read_by_parameter"
+_PREFIX = "optimizer.state."
+_FIXED = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+"""What Megatron's other forms do not let a job change."""
 _Sharded = ShardedTensor | ShardedTensorFactory
 
 
@@ -67,14 +81,12 @@ class ReshardableOptimizer(ChainedOptimizer):
         Args:
             model_sharded_state_dict: of the model chunks, with the parameters themselves in it.
             is_loading: only the form is wanted, to be filled from a checkpoint.
-            metadata: Megatron's description of the checkpoint's content.
-
-        Raises:
-            PlanError: the checkpoint to load has states in another form, which this plan cannot read.
+            metadata: Megatron's description of the checkpoint's content; states in a form that depends on how
+                the job was parallel are left to Megatron.
         """
         metadata = metadata or {}
-        if is_loading and not metadata.get(MARK):
-            return self._form_of_megatron(model_sharded_state_dict, metadata)
+        if is_loading and metadata.get(_FORM) != _RESHARDABLE:
+            return super().sharded_state_dict(model_sharded_state_dict, True, metadata=metadata)
         entries = _by_tensor(model_sharded_state_dict)
         states = {}
         for index, optimizer in enumerate(self.chained_optimizers):
@@ -89,12 +101,12 @@ class ReshardableOptimizer(ChainedOptimizer):
                 state = _checkpoint_entries(optimizer.whole_states(), entries)
             else:
                 state = _checkpoint_entries(_replicated_states(optimizer), entries)
+            if is_loading and metadata.get(_UNSHARDED):
+                _as_unsharded(state, entries)
             states[f"optimizer{index}"] = {str(number): tensors for number, tensors in state.items()}
-        return {"settings": _settings(self), "state": states}
-
-    def _form_of_megatron(self, model_sharded_state_dict: Any, metadata: dict) -> dict[str, Any]:
-        """The form in which to load what Megatron saved without a plan: Megatron's own."""
-        return super().sharded_state_dict(model_sharded_state_dict, True, metadata=metadata)
+        if is_loading:
+            return {_STATES: states, _READ: LocalNonpersistentObject(True)}
+        return {**settings_of(self), "param_state_sharding_type": _RESHARDABLE, _STATES: states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over states and settings from a checkpoint.
@@ -102,17 +114,27 @@ class ReshardableOptimizer(ChainedOptimizer):
         Args:
             state_dict: what ``sharded_state_dict`` returned, filled.
         """
-        settings = state_dict.get("settings") if isinstance(state_dict, dict) else None
-        if settings is None:
+        if not (isinstance(state_dict, dict) and state_dict.get(_READ)):
             super().load_state_dict(state_dict)
             return
+        self.take_states(state_dict.get(_STATES, {}), _settings_in(state_dict))
+
+    def take_states(self, states: dict[str, Any], settings: dict[str, Any]) -> None:
+        """Takes over states and settings.
+
+        Args:
+            states: tensors by optimizer, number of the parameter and name.
+            settings: as ``settings_of`` returns them.
+        """
         for index, optimizer in enumerate(self.chained_optimizers):
             if optimizer.is_stub_optimizer:
                 continue
             initialise_states(optimizer)
             # A class of parameters that this stage does not have leaves no trace in the checkpoint.
-            states = state_dict["state"].get(f"optimizer{index}", {})
-            loaded = {int(number): tensors for number, tensors in states.items()}
+            loaded = {int(number): tensors for number, tensors in states.get(f"optimizer{index}", {}).items()}
+            if any("param" not in tensors for tensors in loaded.values()):
+                for number, weight in enumerate(_weights(optimizer)):
+                    loaded[number].setdefault("param", weight)
             if isinstance(optimizer, DistributedOptimizer):
                 for state in optimizer.optimizer.state.values():
                     state.pop("step", None)  # Megatron's loader takes every tensor here for a sharded one
@@ -144,6 +166,39 @@ def initialise_states(optimizer: MegatronOptimizer) -> None:
     if isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
         for state in inner.state.values():
             state.setdefault("step", torch.tensor(0.0, dtype=torch.float32))
+
+
+def describe_loaded(original: Callable[..., tuple], *, runs_alike: bool) -> Callable[..., tuple]:
+    """Makes Megatron describe to the optimizer what a checkpoint holds, before anything is loaded.
+
+    Args:
+        original: ``_load_base_checkpoint`` of ``megatron.training.checkpointing``, which first reads what is
+            not sharded.
+        runs_alike: Megatron's own code runs the plan, and so may read forms that fit one layout alone.
+    """
+
+    @wraps(original)
+    def read(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> tuple:
+        result = original(load_dir, args, *rest, **kwargs)
+        common = result[0] if isinstance(result[0], dict) else {}
+        metadata = common.get("content_metadata")
+        if kwargs.get("sharded_state_dict") is not None or metadata is None:
+            return result
+        if _FORM not in metadata:
+            # Megatron asks for the form wherever this job's optimizer is sharded, whatever the other's was.
+            metadata |= {_FORM: _RESHARDABLE, _UNSHARDED: True}
+        saved = common.get("args")
+        skips = args.finetune or args.no_load_optim or getattr(saved, "no_save_optim", False)
+        alike = runs_alike and all(getattr(saved, name, 1) == getattr(args, name) for name in _FIXED)
+        if metadata[_FORM] != _RESHARDABLE and not skips and not alike:
+            raise PlanError(
+                f"checkpoint {load_dir}: its optimizer states have Megatron's form {metadata[_FORM]}, which "
+                "fits one tp and pp alone; valid: save it with --dist-ckpt-optim-fully-reshardable, or load "
+                "with --no-load-optim"
+            )
+        return result
+
+    return read
 
 
 def _by_tensor(model_sharded_state_dict: Any) -> dict[int, _Sharded]:
@@ -179,11 +234,38 @@ def _checkpoint_entries(
     """
     return {
         number: {
-            key: make_sharded_optimizer_tensor(entries[id(model)], tensor, prefix=f"optimizer.state.{key}")
+            key: make_sharded_optimizer_tensor(entries[id(model)], tensor, prefix=f"{_PREFIX}{key}")
             for key, tensor in tensors.items()
         }
         for number, (model, tensors) in enumerate(states)
     }
+
+
+def _as_unsharded(states: dict[int, dict[str, Any]], entries: dict[int, _Sharded]) -> None:
+    """Looks for main weights where Megatron's optimizer without sharding leaves them, in place.
+
+    Those of weights in half precision are called ``optimizer.state.fp32_param.<name>``. Weights in fp32 are
+    themselves the main weights: they are loaded with the model, before the optimizer's states are taken over.
+    """
+    in_fp32 = {entry.key for entry in entries.values() if entry.data.dtype == torch.float32}
+    for tensors in states.values():
+        name = tensors["param"].key.removeprefix(f"{_PREFIX}param.")
+        if name in in_fp32:
+            del tensors["param"]
+        else:
+            tensors["param"].key = f"{_PREFIX}fp32_param.{name}"
+
+
+def _weights(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
+    """Whole weights of the model, by the number of their parameter in a checkpoint."""
+    if isinstance(optimizer, DistributedOptimizer):
+        for buffer in optimizer.buffers:
+            yield from buffer.param_index_map
+    elif isinstance(optimizer, ZeroOptimizer):
+        optimizer.reload_model_params()
+        yield from (whole["param"] for _, whole in optimizer.whole_states())
+    else:
+        yield from (model for model, _ in _parameters(optimizer))
 
 
 @torch.no_grad()
@@ -205,8 +287,15 @@ def _step_of(optimizer: MegatronOptimizer) -> int:
     return max((int(group.get("step", 0)) for group in optimizer.optimizer.param_groups), default=0)
 
 
-def _settings(chain: ChainedOptimizer) -> dict[str, Any]:
-    """What is not a tensor: step, learning rates and the like by kind of parameter, loss scale."""
+def settings_of(chain: ChainedOptimizer) -> dict[str, Any]:
+    """What is not a tensor, as Megatron's distributed optimizer saves it.
+
+    Args:
+        chain: the optimizers of a job.
+
+    Returns:
+        Step, learning rate and the like by kind of parameter, and the loss scaler's state where there is one.
+    """
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     steps = [0]
     scaler = None
@@ -216,16 +305,35 @@ def _settings(chain: ChainedOptimizer) -> dict[str, Any]:
         steps.append(_step_of(optimizer))
         scaler = scaler or getattr(optimizer, "grad_scaler", None)
         for group in optimizer.optimizer.param_groups:
-            kept = {key: value for key, value in group.items() if key not in ("params", "step")}
-            groups.setdefault(_identity(group), kept)
-    settings: dict[str, Any] = {"step": max(steps), "param_groups": list(groups.values())}
+            groups.setdefault(_identity(group), {key: v for key, v in group.items() if key != "params"})
+    kept = [{**group, "step": max(steps)} for group in groups.values()]
+    settings: dict[str, Any] = {"optimizer": {"param_groups": kept}}
     if scaler is not None:
         settings["grad_scaler"] = scaler.state_dict()
     return settings
 
 
+def _settings_in(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What is not a tensor in a loaded checkpoint, in the form of ``settings_of``.
+
+    Megatron's optimizers without sharding keep the step apart; several in a chain are numbered.
+    """
+    chained = [state_dict[number] for number in sorted(key for key in state_dict if isinstance(key, int))]
+    groups: list[dict[str, Any]] = []
+    settings: dict[str, Any] = {"optimizer": {"param_groups": groups}}
+    for saved in chained or [state_dict]:
+        inner = saved.get("optimizer", saved)
+        apart = inner.get("state", {}).get("common_step", 0)
+        groups += [{**group, "step": int(group.get("step", apart))} for group in inner["param_groups"]]
+        if "grad_scaler" in saved:
+            settings["grad_scaler"] = saved["grad_scaler"]
+    return settings
+
+
 def _take_settings(optimizer: MegatronOptimizer, settings: dict[str, Any]) -> None:
-    saved = {_identity(group): group for group in settings["param_groups"]}
+    groups = settings["optimizer"]["param_groups"]
+    saved = {_identity(group): group for group in groups}
+    step = max(int(group["step"]) for group in groups)
     inner = optimizer.optimizer
     for group in inner.param_groups:
         if not group["params"] and not isinstance(optimizer, ZeroOptimizer):
@@ -234,10 +342,10 @@ def _take_settings(optimizer: MegatronOptimizer, settings: dict[str, Any]) -> No
             raise PlanError(f"checkpoint: no optimizer settings for parameters of kind {_identity(group)}")
         group.update({k: v for k, v in saved[_identity(group)].items() if k not in ("params", "step")})
         if not isinstance(inner, torch.optim.Optimizer) or "step" in group:
-            group["step"] = settings["step"]
+            group["step"] = step
     for state in inner.state.values():
-        if (step := step_count(inner, int(settings["step"]))) is not None:
-            state["step"] = step
+        if (counted := step_count(inner, step)) is not None:
+            state["step"] = counted
     scaler = getattr(optimizer, "grad_scaler", None)
     if scaler is not None and "grad_scaler" in settings:
         scaler.load_state_dict(settings["grad_scaler"])

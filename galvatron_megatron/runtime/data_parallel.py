@@ -158,6 +158,7 @@ class PlannedDataParallel(DistributedDataParallel):
         self.expt_dp_group = self.intra_expt_dp_group = own.expt_dp_group
         self.bucket_size = own.bucket_size
         self._summed_over_tp = _partial_gradients(module, self._zero_parts)
+        _gather_ahead(module, [part for part in parts if isinstance(part, DistributedDataParallel)])
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Runs the model chunk; its backward pass is announced to ZeRO's engines.
@@ -322,6 +323,19 @@ def _build_part(
         for bucket in buffer.buckets:
             bucket.gradient_scaling_factor = scale
     return part
+
+
+def _gather_ahead(module: torch.nn.Module, parts: list[DistributedDataParallel]) -> None:
+    """Lets the gathering of each bucket of parameters start while the layers in front compute and reshard.
+
+    Megatron starts the next bucket's when it has waited for one, which each DDP knows of its own buckets alone:
+    a layer whose neighbours are of other classes would start its own when it needs it, and wait.
+    """
+    place = {id(parameter): index for index, parameter in enumerate(module.parameters())}
+    gathered = [group for part in parts if part.ddp_config.overlap_param_gather for group in part.bucket_groups]
+    gathered.sort(key=lambda group: min(place[id(parameter)] for parameter in group.params))
+    for group, following in zip(gathered, [*gathered[1:], None], strict=False):
+        group.next_param_gather_bucket_group = following
 
 
 def _partial_gradients(

@@ -9,7 +9,6 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from galvatron_megatron.errors import UnsupportedPlanError
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
 from galvatron_megatron.runtime.context import LayerContext, RuntimeContext, StateClass
 from galvatron_megatron.runtime.context_parallel import GatheredCoreAttention, is_local_attention
@@ -17,6 +16,7 @@ from galvatron_megatron.runtime.experts import experts_config, planned_experts, 
 from galvatron_megatron.runtime.latent_attention import planned_attention
 from galvatron_megatron.runtime.norms import allow_sequence_parallel
 from galvatron_megatron.runtime.rotary import take_rows
+from galvatron_megatron.runtime.stacked_layers import without_grid
 from galvatron_megatron.runtime.ulysses import UlyssesCoreAttention
 
 _HEAD_NORMS = ("q_layernorm", "k_layernorm")
@@ -222,13 +222,10 @@ class PlannedLayer:
             sharded_offsets: of the layer among all layers.
             metadata: Megatron's checkpoint metadata.
 
-        Raises:
-            UnsupportedPlanError: the checkpoint stacks all layers into one tensor.
+        Returns:
+            Checkpoint entries. Where the checkpoint stacks all layers into one tensor, as stock Megatron's do,
+            each says where it lies: layers that differ are cut differently.
         """
-        if sharded_offsets:
-            raise UnsupportedPlanError(
-                "checkpoint: its layers are stacked into single tensors, which layers that differ cannot load; "
-                "valid: resume once with a plan in which all layers run alike (what that saves loads under any)"
-            )
         metadata = {**(metadata or {}), "dp_cp_group": self._planned.groups.dp_cp}
-        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return without_grid(entries) if sharded_offsets else entries

@@ -10,7 +10,6 @@ from megatron.core.optimizer.clip_grads import count_zeros_fp32, get_grad_norm_f
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler, MegatronGradScaler
 from megatron.core.optimizer.optimizer import MegatronOptimizer, MixedPrecisionOptimizer
 
-from galvatron_megatron.errors import UnsupportedPlanError
 from galvatron_megatron.runtime.checkpoint import ReshardableOptimizer
 from galvatron_megatron.runtime.context import RuntimeContext, StateClass
 from galvatron_megatron.runtime.data_parallel import PlannedDataParallel
@@ -176,10 +175,3 @@ class PlannedOptimizer(ReshardableOptimizer):
         """Separate norms exist for multi-token prediction only, which is refused."""
         self.grad_norms_by_group = {}
         return self.grad_norms_by_group
-
-    def _form_of_megatron(self, model_sharded_state_dict: Any, metadata: dict) -> dict[str, Any]:
-        """Refuses optimizer states that were saved without a plan."""
-        raise UnsupportedPlanError(
-            "checkpoint: saved by Megatron without a plan, in a form that layers that differ cannot load; "
-            "valid: resume once with a plan in which all layers run alike (what that saves loads under any)"
-        )

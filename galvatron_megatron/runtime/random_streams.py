@@ -6,7 +6,8 @@ another layout needs streams that differ between ITS tp ranks and agree between 
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 from megatron.core.tensor_parallel.random import (
     get_cuda_rng_tracker,
@@ -20,6 +21,8 @@ MODEL_PARALLEL_STREAM = "model-parallel-rng"
 _OFFSET = 2718
 _RESTART = 1_000_003
 """Moves all seeds on with every iteration at which a job resumes."""
+_NAMED = "galvatron-"
+"""How the names of all streams that are not Megatron's begin."""
 _STRIDE = 131_072
 """Keeps the seeds of different tp degrees and purposes apart; far above any number of ranks in a node."""
 
@@ -39,7 +42,6 @@ class RandomStreams:
         self._rank = rank
         self._base = base
         self._iteration = 0
-        self._prepared: tuple[Layout, ...] = ()
 
     def _stream(self, purpose: str, degree: int) -> str:
         """Name of a stream, adding it to the tracker unless it is there.
@@ -49,7 +51,7 @@ class RandomStreams:
                 ``expert`` (weights of experts).
             degree: the stream differs between this many consecutive ranks.
         """
-        name = f"galvatron-{purpose}-{degree}"
+        name = f"{_NAMED}{purpose}-{degree}"
         tracker = get_cuda_rng_tracker()
         if name not in tracker.get_states():
             order = (2 * degree + (purpose == "slice")) * (-1 if purpose == "expert" else 1)
@@ -59,31 +61,32 @@ class RandomStreams:
             tracker.add(name, seed)
         return name
 
-    def prepare(self, layouts: Iterable[Layout]) -> None:
-        """Adds the streams that layers in these layouts will use.
+    def states(self) -> dict[str, Any]:
+        """Where the streams of this rank stand, by name, as the tracker keeps it."""
+        return {name: state for name, state in get_cuda_rng_tracker().get_states().items() if _is_own(name)}
 
-        In front of the first forward pass: a recomputed layer puts the tracker back to the state it had before
-        the layer ran, so that a stream added inside would be lost.
+    def go_on(self, states: dict[str, Any]) -> None:
+        """Goes on where the streams of this rank stood when a checkpoint was saved.
+
+        Args:
+            states: what ``states`` returned then, under the same plan.
         """
-        self._prepared = tuple(layouts)
-        for layout in self._prepared:
-            for purpose in ("core", "slice"):
-                self._stream(purpose, layout.tp)
+        tracker = get_cuda_rng_tracker()
+        others = {name: state for name, state in tracker.get_states().items() if not _is_own(name)}
+        tracker.set_states({**others, **states})
 
     def restart(self, *, iteration: int) -> None:
-        """Starts the streams anew after a checkpoint was loaded.
+        """Starts the streams anew after a checkpoint was loaded that does not tell where they stood.
 
         Megatron saves the random states of one data-parallel rank and gives them to all, which is right for its
-        own streams and wrong for these. They restart from the seed and the iteration, alike on all replicas.
+        own streams and wrong for these. They restart from the seed and the iteration, alike on all replicas,
+        each when it is first used.
 
         Args:
             iteration: at which training goes on.
         """
-        tracker = get_cuda_rng_tracker()
-        kept = {k: v for k, v in tracker.get_states().items() if not k.startswith("galvatron-")}
-        tracker.set_states(kept)
         self._iteration = iteration
-        self.prepare(self._prepared)
+        self.go_on({})
 
     @contextlib.contextmanager
     def _in_place_of(self, replaced: str, purpose: str, degree: int) -> Iterator[None]:
@@ -127,6 +130,11 @@ class RandomStreams:
             if not same_degree:
                 stack.enter_context(self._in_place_of(MODEL_PARALLEL_STREAM, "core", layout.tp))
             yield
+
+
+def _is_own(name: str) -> bool:
+    """Whether a stream is one of these, not Megatron's."""
+    return name.startswith(_NAMED)
 
 
 def _exchange(tracker: object, name: str, replaced: str) -> None:

@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.utils import unwrap_model
 
 from galvatron_megatron.errors import PlanError
-from galvatron_megatron.runtime.checkpoint import CONTENT, ReshardableOptimizer
+from galvatron_megatron.runtime.checkpoint import CONTENT, ReshardableOptimizer, settings_of
 
 LATEST = "latest_universal"
 _FILES = {"param": "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -136,7 +136,7 @@ def load_universal_checkpoint(directory: str | Path, chunks: list[Any], optimize
     }
     # States go first: making their form gathers what ZeRO sharded, as saving does.
     form = optimizer.sharded_state_dict(parts, is_loading=True, metadata=dict(CONTENT))
-    state = {**parts, "states": form["state"]}
+    state = {**parts, "states": form["param_state"]}
     problem = ""
     try:
         _fill(state, _reader(source))
@@ -149,7 +149,10 @@ def load_universal_checkpoint(directory: str | Path, chunks: list[Any], optimize
         raise PlanError(problem)
     for index, model in enumerate(models):
         model.load_state_dict(state[f"model{index}"])
-    optimizer.load_state_dict({"settings": {**form["settings"], "step": steps}, "state": state["states"]})
+    settings = settings_of(optimizer)
+    for group in settings["optimizer"]["param_groups"]:
+        group["step"] = steps
+    optimizer.take_states(state["states"], settings)
     return steps
 
 

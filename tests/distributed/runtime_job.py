@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.enums import ModelType
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import unwrap_model
 from megatron.training import pretrain, training
 from megatron.training.argument_utils import (
@@ -36,6 +37,7 @@ from megatron.training.global_vars import set_global_variables
 from runtime_cases import CLIP
 from runtime_memory import measure_at_norm
 from runtime_mutations import MUTATIONS
+from runtime_overlap import watch_resharding
 from universal_files import write_universal
 
 from galvatron_megatron.integration import cpu_device
@@ -44,6 +46,7 @@ from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.strategy import Offload, Recompute, SequenceParallel, Strategy
 from galvatron_megatron.runtime import attach
+from galvatron_megatron.runtime.checkpoint import initialise_states
 from galvatron_megatron.runtime.universal import load_universal_checkpoint
 from galvatron_megatron.runtime.zero import is_left_to_megatron
 from galvatron_megatron.runtime.zero_whole import whole_parameters
@@ -302,6 +305,46 @@ def gather_weights(models) -> dict[str, np.ndarray]:
     return whole
 
 
+def build_iterators_without_drawing(original):
+    """A data loader draws its seed from the host's generator, which on CPU ranks is the device's as well."""
+
+    @functools.wraps(original)
+    def build(*arguments_):
+        with torch.random.fork_rng(devices=[]):
+            return original(*arguments_)
+
+    return build
+
+
+def load_with_torch_adam():
+    """Lets stock Megatron load its distributed optimizer's states where Adam is torch's.
+
+    It expects Transformer Engine's, which needs no states before the first step and keeps no step among them.
+    """
+    state_dict = DistributedOptimizer.state_dict
+    load = DistributedOptimizer.load_parameter_state_from_fully_reshardable
+
+    def with_states(self):
+        initialise_states(self)
+        return state_dict(self)
+
+    def without_steps(self, loaded):
+        states = self.optimizer.state.values()
+        steps = [state.pop("step") for state in states]
+        load(self, loaded)
+        for state, step in zip(states, steps, strict=True):
+            state["step"] = step.clone()
+
+    DistributedOptimizer.state_dict = with_states
+    DistributedOptimizer.load_parameter_state_from_fully_reshardable = without_steps
+
+    def undo():
+        DistributedOptimizer.state_dict = state_dict
+        DistributedOptimizer.load_parameter_state_from_fully_reshardable = load
+
+    return undo
+
+
 def run_case(case: dict) -> dict:
     """Trains one case and returns losses, gradient norms, zero counts and the final weights."""
     world_size = dist.get_world_size()
@@ -317,9 +360,16 @@ def run_case(case: dict) -> dict:
     for name, value in case.get("late_arguments", {}).items():
         setattr(args, name, value)
     set_global_variables(args)
-    undo = MUTATIONS[case["mutation"]]() if case.get("mutation") else None
     real_step, real_setup = training.train_step, training.setup_model_and_optimizer
-    models, steppers = [], []
+    real_iterators = training.build_train_valid_test_data_iterators
+    models, steppers, undone = [], [], []
+    if case.get("mutation"):
+        undone.append(MUTATIONS[case["mutation"]]())
+    if case.get("detached"):
+        undone.append(load_with_torch_adam())
+    if case.get("watch"):
+        seen["exchanges"] = []
+        undone.append(watch_resharding(seen["exchanges"], models))
 
     def setup(*arguments_, **options):
         model, optimizer, scheduler = real_setup(*arguments_, **options)
@@ -346,6 +396,7 @@ def run_case(case: dict) -> dict:
         return result
 
     training.train_step, training.setup_model_and_optimizer = step, setup
+    training.build_train_valid_test_data_iterators = build_iterators_without_drawing(real_iterators)
     try:
         if not case.get("detached"):
             attach.install(plan, args)
@@ -372,7 +423,8 @@ def run_case(case: dict) -> dict:
         seen["losses"] = next((values for values in losses if values), [])
     finally:
         training.train_step, training.setup_model_and_optimizer = real_step, real_setup
-        if undo is not None:
+        training.build_train_valid_test_data_iterators = real_iterators
+        for undo in undone:
             undo()
         attach.uninstall()
         for model in models:

@@ -102,6 +102,11 @@ def zero_last_micro_batch():
     return _replace(ZeroPart, "begin_backward", mistaken)
 
 
+def late_gathers():
+    """Parameters gathered when a layer needs them."""
+    return _replace(data_parallel, "_gather_ahead", lambda module, parts: None)
+
+
 def unscaled_balance():
     """Losses of routers summed over a layer's own data-parallel ranks, averaged over the base's."""
     return _replace(layers, "experts_config", lambda config, context: config)
@@ -116,6 +121,7 @@ MUTATIONS = {
         dropped_gradient,
         replicas_counted,
         unscaled_balance,
+        late_gathers,
         zero_scale,
         zero_wrong_group,
         zero_skipped_sum,

@@ -3,7 +3,7 @@
 import pytest
 from ranks import RankError
 from runtime_cases import LONG, case
-from runtime_rank import assert_same_training, references, train
+from runtime_rank import assert_same_training, references, relative, train, weight_difference
 
 pytestmark = pytest.mark.distributed
 HALFWAY = 5
@@ -23,8 +23,14 @@ PLANS = {
     "shared-out": (4, "tp1", [["tp2", "tp1 ep2", "tp2+megatron ep2 zero1", "tp1 cp2"]], {}),
     "in-parts": (4, "tp2+megatron zero1", [["tp4", "tp4+megatron", "tp1 ep4 zero1", "tp2 zero1"]], {}),
     "scanned": (4, "tp2", [["tp2+megatron zero1", "tp1"], ["tp1 zero1", "tp2"]], {"pp": 2, "pattern": "M*|M-"}),
-    "plain": (4, "tp2", [["tp2"] * 4], {}),
     "stock": (4, "tp2", [["tp2"] * 4], {"detached": True}),
+    "stock-sharded": (
+        4,
+        "tp2 zero1",
+        [["tp2 zero1"] * 4],
+        {"detached": True, "arguments": {"dist-ckpt-optim-fully-reshardable": True}},
+    ),
+    "stock-fixed": (4, "tp2 zero1", [["tp2 zero1"] * 4], {"detached": True}),
 }
 PAIRS = (
     ("mixed", "pipeline"),
@@ -45,7 +51,8 @@ OTHER_WORLDS = (("mixed", "two"), ("mixed", "one"), ("parameters", "one"))
 
 def of(name, model, arguments):
     world_size, base, stages, options = PLANS[name]
-    return world_size, case(name, model, base, *stages, **options, arguments={"train-iters": LONG, **arguments})
+    arguments = {"train-iters": LONG, **options.get("arguments", {}), **arguments}
+    return world_size, case(name, model, base, *stages, **{**options, "arguments": arguments})
 
 
 @pytest.fixture(scope="module")
@@ -105,19 +112,48 @@ def test_other_models_go_on(ranks, saved, before, after, model):
     assert_same_training(seen, references(ranks)[model], slice(HALFWAY, None))
 
 
-def test_a_checkpoint_of_stock_megatron_enters_through_a_uniform_plan(ranks, saved, tmp_path):
-    arguments = {"load": str(saved("stock")), "override-opt-param-scheduler": True}
+def test_checkpoints_of_stock_megatron_go_on_under_a_plan(ranks, saved):
+    """Of its optimizer without sharding (in fp32 the weights are the main weights) and with it."""
+    goes_on(ranks, saved, "stock", "mixed")
+    goes_on(ranks, saved, "stock", "parameters")
+    goes_on(ranks, saved, "stock-sharded", "pipeline")
+
+
+def test_main_weights_of_stock_megatron_in_bf16_go_on_under_a_plan(ranks, saved):
+    expected = references(ranks)["bf16"]
+    arguments = {"load": str(saved("stock", "bf16")), "override-opt-param-scheduler": True}
+    world_size, made = of("split", "bf16", arguments)
+    seen = ranks(world_size).run(train, made)[0]
+    assert_same_training(seen, expected, slice(HALFWAY, None), 1e-2, weights=False)
+    # As far as weights of a plan that never stopped; without the main weights training would start anew.
+    assert weight_difference(seen["weights"], expected["weights"]) < 2e-2
+
+
+def test_stock_megatron_goes_on_from_a_plan(ranks, saved):
+    goes_on(ranks, saved, "mixed", "stock-sharded")
+
+
+def test_states_that_fit_one_layout_alone_are_refused_with_the_way_out(ranks, saved):
+    arguments = {"load": str(saved("stock-fixed")), "override-opt-param-scheduler": True}
     world_size, made = of("mixed", "modern", arguments)
-    with pytest.raises(RankError, match="resume once with a plan in which all layers run alike"):
+    with pytest.raises(RankError, match="form dp_reshardable, which fits one tp and pp alone"):
         ranks(world_size).run(train, made)
-    entered = {"save": str(tmp_path), "save-interval": 7, "train-iters": 7}
-    world_size, made = of("plain", "modern", {**arguments, **entered})
-    seen = ranks(world_size).run(train, made)[0]
-    assert_same_training(seen, references(ranks)["modern"], slice(HALFWAY, 7), weights=False)
-    arguments["load"] = str(tmp_path)
-    world_size, made = of("mixed", "modern", arguments)
-    seen = ranks(world_size).run(train, made)[0]
-    assert_same_training(seen, references(ranks)["modern"], slice(7, None))
+
+
+def test_dropout_goes_on_where_it_stopped(ranks, tmp_path):
+    """Under the same plan every rank draws the numbers that the job which never stopped draws."""
+    dropped = {"hidden-dropout": 0.1, "attention-dropout": 0.1, "train-iters": 4}
+    plan = ("tp2", ["tp1 recompute-full", "tp4+megatron", "tp2 zero1", "tp4+ulysses"])
+    whole = {**dropped, "save": str(tmp_path), "save-interval": 2}
+    never_stopped = ranks(4).run(train, case("dropped", "modern", *plan, arguments=whole))[0]
+    resumed = {**dropped, "load": str(tmp_path), "ckpt-step": 2}
+    seen = ranks(4).run(train, case("drawn-on", "modern", *plan, arguments=resumed))[0]
+    assert seen["losses"] == never_stopped["losses"][2:]
+    assert seen["norms"] == never_stopped["norms"][2:]
+    assert all((seen["weights"][name] == value).all() for name, value in never_stopped["weights"].items())
+    other = ("tp2", ["tp1", *plan[1][1:]])
+    seen = ranks(4).run(train, case("drawn-anew", "modern", *other, arguments=resumed))[0]
+    assert relative(seen["losses"], never_stopped["losses"][2:]) > 1e-4
 
 
 def test_main_weights_of_bf16_survive(ranks, saved):

@@ -72,6 +72,18 @@ def test_a_killed_rank_ends_the_job_and_the_checkpoint_loads(ranks, tmp_path):
     assert_same_training(seen, expected, slice(HALFWAY, None))
 
 
+def test_reductions_and_gathers_of_neighbours_are_under_way_while_activations_move(ranks):
+    arguments = {"overlap-grad-reduce": True, "overlap-param-gather": True, "train-iters": 3}
+    layers = ["tp1 zero1", "tp2 zero1", "tp1", "tp2+ulysses"]
+    made = case("watched", "modern", "tp1 zero1", layers, arguments=arguments, watch=True)
+    late = {**made, "mutation": "late_gathers"}
+    for seen, mistaken in zip(ranks(4).run(train, made), ranks(4).run(train, late), strict=True):
+        moves = seen["exchanges"]
+        assert any(move["backward"] and move["reduced"] for move in moves)
+        assert any(not move["backward"] and move["gathered"] for move in moves)
+        assert not any(move["gathered"] for move in mistaken["exchanges"])
+
+
 def observed(directory, name, *stages, **options):
     """A case whose layers are watched."""
     return case(name, "modern", "tp1", *stages, observe=str(directory / name), **options)

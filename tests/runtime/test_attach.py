@@ -46,6 +46,8 @@ def test_hooked_names_exist_and_are_used_where_they_are_replaced():
     assert "DDP" in names_used(training.get_model)
     assert {"get_megatron_optimizer", "load_checkpoint"} <= names_used(training.setup_model_and_optimizer)
     assert "_build_sharded_state_dict_metadata" in names_used(checkpointing.save_checkpoint)
+    assert "generate_state_dict" in names_used(checkpointing.save_checkpoint)
+    assert {"generate_state_dict", "_load_base_checkpoint"} <= names_used(checkpointing.load_checkpoint)
 
 
 def test_models_take_their_layer_specs_second():

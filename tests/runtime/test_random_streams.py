@@ -103,7 +103,6 @@ def test_megatrons_own_stream_goes_on_where_it_was():
 def test_streams_restart_with_the_iteration():
     def after(iteration):
         streams, tracker = rank_of(1, PLAIN)
-        streams.prepare([TWO])
         if iteration:
             streams.restart(iteration=iteration)
         with streams.computing(TWO), tracker.fork():
@@ -112,3 +111,21 @@ def test_streams_restart_with_the_iteration():
     assert after(5) == after(5)
     assert after(5) != after(0)
     assert after(5) != after(6)
+
+
+def test_streams_go_on_where_they_stood():
+    streams, tracker = rank_of(1, PLAIN)
+
+    def draw():
+        with streams.computing(TWO), tracker.fork():
+            return torch.rand(4).tolist()
+
+    draw()
+    stood = streams.states()
+    expected = draw()
+    streams.restart(iteration=3)
+    assert not streams.states()
+    assert draw() != expected
+    streams.go_on(stood)
+    assert draw() == expected
+    assert MODEL_PARALLEL_STREAM in tracker.get_states()
