@@ -196,6 +196,8 @@ class Provenance:
     """``nccl`` or ``gloo``."""
     software: tuple[tuple[str, str], ...]
     """(name, version) of python, torch, megatron-core and, where present, transformer-engine."""
+    switches: str = ""
+    """``name=value`` of Megatron's switches that decide which code computes a layer, where not its defaults."""
     created: str = ""
     """UTC, ISO 8601."""
     updated: str = ""
@@ -206,7 +208,7 @@ class Provenance:
         return self.nodes * self.ranks_per_node
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with model shape, hardware or software."""
+        """16 hex digits that change with model shape, hardware, software or switches."""
         content = asdict(self)
         del content["created"], content["updated"]
         return digest([SCHEMA_VERSION, content])

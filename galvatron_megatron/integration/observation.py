@@ -18,6 +18,7 @@ from galvatron_megatron.errors import GalvatronError
 from galvatron_megatron.integration.job_model import job_model
 from galvatron_megatron.profiler.clock import on_cpu
 from galvatron_megatron.profiler.process_group import gather
+from galvatron_megatron.profiler.switches import switches_of
 from galvatron_megatron.profiler.topology import facts_of_this_rank, provenance_of_ranks
 from galvatron_megatron.runtime.observe import JobObserver
 from galvatron_megatron.runtime.observed_strategy import observed_strategy
@@ -37,6 +38,8 @@ class Observation:
 
     def __init__(self, args: Namespace, defaults: Mapping[str, Any], directory: Path) -> None:
         self._model: Model = job_model(args, defaults)
+        # Now, for a plan may change some of them.
+        self._switches = switches_of(args)
         self._args = args
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -63,7 +66,9 @@ class Observation:
         args = self._args
         backend = "gloo" if on_cpu() else args.distributed_backend
         everyone = gather((facts_of_this_rank(), datetime.now(UTC).isoformat()))
-        provenance = provenance_of_ranks(shape_digest(self._model), backend, [facts for facts, _ in everyone])
+        provenance = provenance_of_ranks(
+            shape_digest(self._model), backend, [facts for facts, _ in everyone], switches=self._switches
+        )
         header = {
             "record": "job",
             "format": FORMAT,

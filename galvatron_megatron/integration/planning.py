@@ -35,6 +35,7 @@ from galvatron_megatron.plan.runnable import HIGHEST_STOCK_ZERO, HIGHEST_ZERO
 from galvatron_megatron.plan.serialization import read_plan
 from galvatron_megatron.profiler.needs import ProfileNeeds, tensor_degrees
 from galvatron_megatron.profiler.session import profile_live_ranks
+from galvatron_megatron.profiler.switches import switches_of
 from galvatron_megatron.profiler.topology import facts_of_this_rank, software_versions
 from galvatron_megatron.search.decision_tree import Space
 from galvatron_megatron.search.engine import search
@@ -178,6 +179,7 @@ class JobPlanner:
             "memory_gb": self.options.memory_gb,
             "uniform": self.options.uniform,
             "run_options": asdict(self._run_options()),
+            "switches": switches_of(self.args),
             "margin": UNIFORM_MARGIN,
         }
 

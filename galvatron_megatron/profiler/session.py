@@ -53,6 +53,7 @@ from galvatron_megatron.profiler.process_group import agree, gather, own_process
 from galvatron_megatron.profiler.progress import Progress
 from galvatron_megatron.profiler.sizes import settings_to_measure
 from galvatron_megatron.profiler.stragglers import straggler_note
+from galvatron_megatron.profiler.switches import switches_of
 from galvatron_megatron.profiler.topology import (
     cluster_from_ranks,
     gather_facts,
@@ -167,7 +168,8 @@ def profile_live_ranks(
         progress.at("the hardware of the ranks")
         on_rank_zero(lambda: str(check_directory(directory, write=False)))
         facts = gather_facts()
-        provenance = provenance_of_ranks(shape_digest(model), backend, facts)
+        switches = switches_of(arguments)
+        provenance = provenance_of_ranks(shape_digest(model), backend, facts, switches=switches)
         run = _Run(
             model, arguments, needs, directory, dict(args_defaults or {}), Profile(provenance=provenance)
         )

@@ -81,7 +81,9 @@ def check_nodes(facts: list[RankFacts]) -> tuple[int, int]:
     return len(counts), ranks_per_node
 
 
-def provenance_of_ranks(model_digest: str, backend: str, facts: list[RankFacts]) -> Provenance:
+def provenance_of_ranks(
+    model_digest: str, backend: str, facts: list[RankFacts], *, switches: str
+) -> Provenance:
     """What a profile made on these ranks is filed under, without the times."""
     nodes, ranks_per_node = check_nodes(facts)
     return Provenance(
@@ -93,6 +95,7 @@ def provenance_of_ranks(model_digest: str, backend: str, facts: list[RankFacts])
         multiprocessors=facts[0].multiprocessors,
         backend=backend,
         software=software_versions(),
+        switches=switches,
     )
 
 

@@ -48,7 +48,8 @@ def print_profile(profile: Profile, console: Console) -> None:
     console.print(
         f"profile {profile.fingerprint()}: {place.nodes} x {place.ranks_per_node} ranks on {place.device} "
         f"({place.backend}), measured {age(profile)} ago with "
-        + ", ".join(f"{name} {version}" for name, version in place.software),
+        + ", ".join(f"{name} {version}" for name, version in place.software)
+        + (f"; {place.switches}" if place.switches else ""),
         highlight=False,
         soft_wrap=True,
     )
