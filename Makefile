@@ -19,7 +19,7 @@ demo: setup
 	bash launch/demo.sh
 
 test: setup
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) tests/run.py $(PYTEST_ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

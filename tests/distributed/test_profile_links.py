@@ -2,6 +2,8 @@
 
 import pytest
 
+pytestmark = pytest.mark.alone
+
 
 def measure_links(rank: int, world_size: int) -> list:
     """Curves of pairs of neighbours and of pairs two ranks apart."""

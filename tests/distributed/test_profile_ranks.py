@@ -22,6 +22,7 @@ WORDS = (
     "--vocab-size 200 --tokenizer-type NullTokenizer --mock-data --lr 1e-4 --micro-batch-size 1"
 )
 MEGATRON = WORDS.split()
+pytestmark = pytest.mark.alone
 
 
 def parsed(*more: str) -> Namespace:

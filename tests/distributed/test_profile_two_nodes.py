@@ -23,6 +23,7 @@ from galvatron_megatron.profiler.topology import cluster_from_ranks
 from galvatron_megatron.search.engine import search
 from galvatron_megatron.search.request import SearchRequest
 
+pytestmark = pytest.mark.alone
 ROOT = Path(__file__).resolve().parents[2]
 MEGATRON = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "

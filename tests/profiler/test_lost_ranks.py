@@ -9,6 +9,8 @@ from galvatron_megatron.profiler import lost_ranks
 from galvatron_megatron.profiler.lost_ranks import Watchdog
 from galvatron_megatron.profiler.progress import Progress
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def two_ranks(monkeypatch):

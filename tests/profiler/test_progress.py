@@ -3,9 +3,12 @@
 import io
 import time
 
+import pytest
 from rich.console import Console
 
 from galvatron_megatron.profiler.progress import Progress
+
+pytestmark = pytest.mark.alone
 
 
 def shown(*, terminal: bool, show: bool = True, total: int = 8) -> str:
