@@ -35,16 +35,19 @@ from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.overlap import exposed_seconds
 from galvatron_megatron.cost.protocol import LayerCost, Setting
 from galvatron_megatron.cost.resharding import reshard_transfer
-from galvatron_megatron.cost.sharding import (
-    REDUCTION,
-    UPDATE,
-    bucket_elements,
-    gathered_modules,
-    sharding_collectives,
+from galvatron_megatron.cost.sharded_states import (
+    GATHER,
+    REDUCE,
+    Sent,
+    micro_batch_seconds,
+    sent_seconds,
+    transient_bytes,
 )
+from galvatron_megatron.cost.sharding import REDUCTION, UPDATE, gathered_modules
 from galvatron_megatron.cost.terms import PricedLayer, Term
 from galvatron_megatron.describe.cluster import GB, MICROSECOND, Cluster
 from galvatron_megatron.describe.model import Layer, Model
+from galvatron_megatron.describe.profile import EMBEDDING, HEAD
 from galvatron_megatron.plan.strategy import Offload, SequenceParallel, Strategy
 
 _layer_counts = lru_cache(maxsize=16384)(layer_counts)
@@ -254,6 +257,20 @@ class AnalyticCostModel:
         """The same of the head."""
         return self._counts.head(setting.base, setting.micro_batch_size).work
 
+    def sharded_modules(self, part: int | str) -> int:
+        """How many modules of a part of the model hold parameters; see ``gathered_modules``.
+
+        Args:
+            part: the number of a layer, ``embedding`` or ``head``.
+        """
+        if part == EMBEDDING:
+            counts = self._closed.embedding(Strategy(), 1)
+        elif part == HEAD:
+            counts = self._closed.head(Strategy(), 1)
+        else:
+            counts = self._closed.layer(self.model.layers[part], Strategy(), 1)
+        return gathered_modules(counts, self.options)
+
     def flops_per_sample(self) -> float:
         """Useful operations of one training sample: no recomputation, causal attention counted half."""
         return self._sample_flops
@@ -317,7 +334,16 @@ class AnalyticCostModel:
         shares = parameter_shares(parameters, counts.parameters_expert, strategy, instances)
         element = self._element
         traffic = host_traffic(shares, strategy, element)
-        sent = self._sent_seconds(counts, shares, strategy)
+        modules = gathered_modules(counts, self.options) if strategy.zero == 3 else 1
+        sent = sent_seconds(
+            shares,
+            strategy,
+            element,
+            self.options,
+            self._collective_seconds,
+            modules=modules,
+            borrowed=shared_weight,
+        )
 
         factor = self._factors.get(counts.work, 1.0) if self._factors else 1.0
         phases, terms = {}, []
@@ -331,7 +357,7 @@ class AnalyticCostModel:
             waiting = max(0.0, issued - busy - communication)
             correction = (factor - 1) * (busy + communication + waiting)
             total = busy + communication + waiting + correction
-            sharded = self._sharded_seconds(name, total, sent)
+            sharded = micro_batch_seconds(name, total, sent, self.options, constants.overlap_slowdown)
             terms += [
                 Term(name=f"{name} GEMM", value=work.gemm, source=counts.source),
                 Term(name=f"{name} attention", value=work.attention, source=counts.source),
@@ -373,14 +399,9 @@ class AnalyticCostModel:
         )
         slack = int(counts.activation_bytes * constants.memory_slack)
         transient = counts.transient_bytes
-        if strategy.zero == 3:
-            transient += 2 * parameters * element.weight
-        if strategy.zero >= 2:
-            # The bucket, in the width of the weights, and its copy in the width that is reduced in.
-            bucket = sum(bucket_elements(s.parameters, len(self.model.layers), s.sharding) for s in shares)
-            transient += bucket * (
-                element.weight + (element.gradient if element.gradient != element.weight else 0)
-            )
+        transient += transient_bytes(
+            shares, strategy, element, self.options, len(self.model.layers), borrowed=shared_weight
+        )
         cost = LayerCost(
             micro_batch_seconds=phases["forward"] + phases["backward"],
             sync_seconds=sum(term.value for term in sync),
@@ -420,47 +441,8 @@ class AnalyticCostModel:
         self._phases[key] = (counts, found)  # counts are kept, so that no other object gets their id
         return found
 
-    def _sent_seconds(
-        self, counts: LayerCounts, shares: Collection[Share], strategy: Strategy
-    ) -> dict[tuple[str, str], float]:
-        """Seconds of the collectives that shard a layer's states, by when they are and what they are.
-
-        With several instances of Megatron's distributed optimizer, each scatters gradients among its own ranks,
-        then shards are summed over the instances.
-        """
-        sent: dict[tuple[str, str], float] = {}
-        modules = gathered_modules(counts, self.options) if strategy.zero == 3 else 1
-        for share in shares:
-            for entry in sharding_collectives(
-                share.parameters,
-                strategy.zero,
-                self._element,
-                modules=modules,
-                recompute=strategy.recompute,
-                deepspeed=self.options.deepspeed_zero_1 or strategy.offload is not Offload.NONE,
-            ):
-                each = entry.bytes / entry.count
-                seconds = entry.count * collective_seconds(
-                    entry.kind, each, share.sharding, share.stride, self.cluster
-                )
-                if entry.kind == "reduce_scatter":
-                    between = share.replicas // share.sharding
-                    stride = share.stride * share.sharding
-                    seconds += collective_seconds(
-                        "all_reduce", each / share.sharding, between, stride, self.cluster
-                    )
-                role = "gather" if entry.kind == "all_gather" else "reduce"
-                sent[entry.when, role] = sent.get((entry.when, role), 0.0) + seconds
-        return sent
-
-    def _sharded_seconds(self, phase: str, total: float, sent: dict[tuple[str, str], float]) -> float:
-        """What ZeRO 2 and 3 add to a phase of every micro-batch; overlapped where the job overlaps them."""
-        slowdown = self.cluster.constants.overlap_slowdown
-        gather, reduce = sent.get((phase, "gather"), 0.0), sent.get((phase, "reduce"), 0.0)
-        exposed = exposed_seconds(gather, total, slowdown) if self.options.overlap_parameters else gather
-        return exposed + (
-            exposed_seconds(reduce, total, slowdown) if self.options.overlap_gradients else reduce
-        )
+    def _collective_seconds(self, kind: str, message_bytes: float, ranks: int, stride: int) -> float:
+        return collective_seconds(kind, message_bytes, ranks, stride, self.cluster)
 
     def _exchanges(
         self, counts: LayerCounts, strategy: Strategy, phases: tuple[str, ...]
@@ -507,22 +489,22 @@ class AnalyticCostModel:
         counts: LayerCounts,
         shares: Collection[Share],
         strategy: Strategy,
-        sent: dict[tuple[str, str], float],
+        sent: Sent,
         phases: dict[str, float],
     ) -> list[Term]:
         """What is paid once per step: gradients, parameters, replicated gradients over tp, optimizer."""
         cluster, constants, options = self.cluster, self.cluster.constants, self.options
         terms = []
-        if (REDUCTION, "reduce") in sent:
-            reduce = sent[REDUCTION, "reduce"]
+        if (REDUCTION, REDUCE) in sent:
+            reduce = sent[REDUCTION, REDUCE]
             exposed = (
                 exposed_seconds(reduce, phases["backward"], constants.overlap_slowdown)
                 if options.overlap_gradients
                 else reduce
             )
             terms.append(Term(name="gradient reduction", value=exposed))
-        if (UPDATE, "gather") in sent:
-            gather = sent[UPDATE, "gather"]
+        if (UPDATE, GATHER) in sent:
+            gather = sent[UPDATE, GATHER]
             exposed = (
                 exposed_seconds(gather, phases["forward"], constants.overlap_slowdown)
                 if options.overlap_parameters

@@ -1,16 +1,17 @@
 """The measured cost model: prices layers from a profile of the live ranks."""
 
-from collections.abc import Callable
 from functools import cached_property, lru_cache
 
 from galvatron_megatron.cost.analytic import AnalyticCostModel
 from galvatron_megatron.cost.compute import element_bytes
-from galvatron_megatron.cost.measured_points import NOT_MEASURED, CurveTable, PartCost, PartTable, fit_steps
+from galvatron_megatron.cost.measured_points import NOT_MEASURED, CurveTable, PartCost, PartTable
+from galvatron_megatron.cost.measured_states import StatePrices
 from galvatron_megatron.cost.memory import parameter_bytes, state_bytes
 from galvatron_megatron.cost.options import RunOptions
-from galvatron_megatron.cost.overlap import exposed_seconds
 from galvatron_megatron.cost.protocol import LayerCost, Setting
 from galvatron_megatron.cost.resharding import Layout, reshard_transfer
+from galvatron_megatron.cost.sharded_states import Sent
+from galvatron_megatron.cost.sharding import BACKWARD, FORWARD
 from galvatron_megatron.cost.terms import PricedLayer, Term
 from galvatron_megatron.describe.cluster import Cluster
 from galvatron_megatron.describe.model import Model
@@ -31,9 +32,10 @@ _STEP_REDUCTION_BYTES = 8
 class MeasuredCostModel:
     """Prices what a profile has measured; implements the ``CostModel`` protocol.
 
-    A strategy that was not measured (context parallelism, ZeRO above 1), that Megatron refused or that ran out
-    of memory never fits; ``refusals`` tells which ones were asked for and why. Terms are tagged ``measured``,
-    or ``modelled`` where a micro-batch is larger than any measured one.
+    A strategy that was not measured (context parallelism), that Megatron refused or that ran out of memory
+    never fits; ``refusals`` tells which ones were asked for and why. ZeRO 2 and 3 compute what was measured and
+    send what the runtime sends. Terms are tagged ``measured``, or ``modelled`` where a micro-batch is larger
+    than any measured one and where another strategy's measurement stands for this one's.
 
     Args:
         model: what to train.
@@ -63,10 +65,9 @@ class MeasuredCostModel:
         self._layer = lru_cache(maxsize=None)(self._price_layer)
         self._moved = lru_cache(maxsize=None)(self._price_move)
         self._ends = lru_cache(maxsize=None)(self._price_end)
-        self._steps = {
-            zero: fit_steps([point for point in profile.steps if point.zero == zero])
-            for zero in {point.zero for point in profile.steps}
-        }
+        self._states = StatePrices(
+            profile, self._curves, self._element, self.options, cluster.constants.overlap_slowdown
+        )
 
     # The protocol.
 
@@ -187,11 +188,11 @@ class MeasuredCostModel:
 
     def _find(self, part: str, strategy: Strategy, recompute: Recompute, samples: int) -> PartCost | str:
         kind = strategy.sequence_parallel
-        if strategy.cp > 1 or strategy.zero > 1 or kind is SequenceParallel.ULYSSES:
+        if strategy.cp > 1 or kind is SequenceParallel.ULYSSES:
             return NOT_MEASURED
         if strategy != strategy.without_experts:
             return NOT_MEASURED
-        if strategy.zero not in self._steps or strategy.offload is not Offload.NONE:
+        if not self._states.has_step(strategy) or strategy.offload is not Offload.NONE:
             return NOT_MEASURED
         return self._parts.lookup(part, strategy.tp, kind, recompute, samples)
 
@@ -232,11 +233,14 @@ class MeasuredCostModel:
             return self._refuse(f"layer {digest}", strategy, samples, found)
         # A rank reduces and updates all its layers at once: each pays its part of what they pay together.
         together = max(1, len(self._digests) // pp)
+        modules = self._modules(digest, strategy)
+        sent = self._states.sent(found.parameters * together, strategy, modules=modules * together)
         sync = [
             Term(name=term.name, value=term.value / together, source=term.source)
-            for term in self._sync(found, strategy, together)
+            for term in self._sync(found, strategy, together, sent)
         ]
-        return self._priced("layer", found, strategy, found.parameters, sync, share)
+        each = {key: seconds / together for key, seconds in sent.items()}
+        return self._priced("layer", found, strategy, found.parameters, each, sync, share)
 
     def _price_end(self, part: str, base: Strategy, samples: int, pp: int, share: float) -> PricedLayer:
         found = self._find(part, base, Recompute.NONE, samples)
@@ -245,19 +249,25 @@ class MeasuredCostModel:
             reason = found if isinstance(found, str) else beside
             return self._refuse(part, base, samples, reason)
         parameters, tensors = found.parameters, found.tensors
-        copied = 0
-        if part == HEAD and self.model.tied_embeddings and pp > 1:
-            # The last stage has the word embedding once more, kept equal by an all-reduce of its gradient.
-            copied = self.model.padded_vocab_size(base.tp) // base.weight_shards * self.model.hidden_size
-            parameters, tensors = parameters + copied, tensors + 1
+        copied = borrowed = 0
+        if part == HEAD and self.model.tied_embeddings:
+            shared = self.model.padded_vocab_size(base.tp) // base.weight_shards * self.model.hidden_size
+            if pp > 1:
+                # The last stage has the word embedding once more, kept equal by an all-reduce of its gradient.
+                copied = shared
+                parameters, tensors = parameters + copied, tensors + 1
+            else:
+                borrowed = shared
         layers = max(1, len(self._digests) // pp)
-        sync = self._marginal_sync(beside, layers, parameters, tensors, base)
+        own = self._states.sent(parameters, base, modules=self._modules(part, base), borrowed=borrowed)
+        others = (beside.parameters * layers, beside.tensors * layers)
+        sent, sync = self._states.added(parameters, tensors, others, base, own)
         if copied:
             size = copied * self._element.gradient
             stride = base.ranks * (pp - 1)
             seconds = self._curves.seconds("all_reduce", size, 2, stride)
             sync.append(Term(name="tied embedding gradient", value=seconds, source="measured"))
-        return self._priced(part, found, base, parameters, sync, share)
+        return self._priced(part, found, base, parameters, sent, sync, share, borrowed=borrowed)
 
     def _priced(
         self,
@@ -265,10 +275,27 @@ class MeasuredCostModel:
         found: PartCost,
         strategy: Strategy,
         parameters: int,
+        sent: Sent,
         sync: list[Term],
         share: float,
+        *,
+        borrowed: int = 0,
     ) -> PricedLayer:
-        forward, backward = found.forward_seconds * share, found.backward_seconds * share
+        computing = (found.forward_seconds, found.backward_seconds)
+        sharding = [
+            Term(name=term.name, value=term.value * share, source=term.source)
+            for term in self._states.micro_batch_terms(sent, *computing)
+        ]
+        terms = [
+            Term(name=f"{what} {phase}", value=seconds * share, source=found.source)
+            for phase, seconds in zip((FORWARD, BACKWARD), computing, strict=True)
+        ]
+        forward, backward = (
+            computed.value + sharded.value for computed, sharded in zip(terms, sharding, strict=True)
+        )
+        transient = found.transient_bytes + self._states.transient_bytes(
+            parameters, strategy, len(self.model.layers), borrowed=borrowed
+        )
         slack = 1 + self.cluster.constants.memory_slack
         state = state_bytes(parameters, strategy.zero, strategy.state_replicas, self._element)
         kept = round(found.activation_bytes * slack)
@@ -277,16 +304,13 @@ class MeasuredCostModel:
             sync_seconds=sum(term.value for term in sync),
             state_bytes=state.total,
             activation_bytes=kept,
-            transient_bytes=round(found.transient_bytes * slack),
+            transient_bytes=round(transient * slack),
         )
         return PricedLayer(
             cost=cost,
             forward_seconds=forward,
             backward_seconds=backward,
-            micro_batch_terms=(
-                Term(name=f"{what} forward", value=forward, source=found.source),
-                Term(name=f"{what} backward", value=backward, source=found.source),
-            ),
+            micro_batch_terms=(*terms, *(term for term in sharding if term.value)),
             sync_terms=tuple(term for term in sync if term.value),
             state_terms=(
                 Term(name="weights", value=state.weights),
@@ -296,60 +320,24 @@ class MeasuredCostModel:
             activation_terms=(Term(name=f"{what} activations", value=kept, source=found.source),),
         )
 
-    def _sync(self, found: PartCost, strategy: Strategy, count: int) -> list[Term]:
+    def _modules(self, part: str, strategy: Strategy) -> int:
+        """Modules of a part that gather their parameters by themselves."""
+        if strategy.zero < 3:
+            return 1
+        return self._analytic.sharded_modules(part if part in (EMBEDDING, HEAD) else self._digests.index(part))
+
+    def _sync(self, found: PartCost, strategy: Strategy, count: int, sent: Sent) -> list[Term]:
         """Once-per-step terms of ``count`` layers together."""
-        terms = self._sync_of(found.parameters * count, found.tensors * count, strategy)
-        if self.options.overlap_gradients:
-            terms = self._hidden(terms, "gradient reduction", found.backward_seconds * count)
-        if self.options.overlap_parameters:
-            terms = self._hidden(terms, "parameter gathering", found.forward_seconds * count)
+        terms = self._states.overlapped(
+            self._states.once_per_step(found.parameters * count, found.tensors * count, strategy, sent),
+            found.forward_seconds * count,
+            found.backward_seconds * count,
+        )
         if strategy.sequence_parallel is SequenceParallel.MEGATRON:
             size = self._replicated(found.parameters, strategy.tp) * count * self._element.gradient
             seconds = self._curves.seconds("all_reduce", size, strategy.tp, 1)
             terms.append(Term(name="replicated gradients over tp", value=seconds, source="measured"))
         return terms
-
-    def _sync_of(self, parameters: int, tensors: int, strategy: Strategy) -> list[Term]:
-        """Gradient reduction, parameter gathering and optimizer of some parameters of one rank."""
-        replicas, stride = strategy.state_replicas, strategy.weight_shards
-        seconds: Callable[..., float] = self._curves.seconds
-        gradients, weights = parameters * self._element.gradient, parameters * self._element.weight
-        sharded = strategy.zero > 0
-        reduce = seconds("reduce_scatter" if sharded else "all_reduce", gradients, replicas, stride)
-        updated = parameters / replicas if sharded else parameters
-        terms = [
-            Term(name="gradient reduction", value=reduce, source="measured"),
-            Term(
-                name="optimizer",
-                value=self._steps[strategy.zero].seconds(tensors, updated),
-                source="measured",
-            ),
-        ]
-        if sharded:
-            gather = seconds("all_gather", weights, replicas, stride)
-            terms.append(Term(name="parameter gathering", value=gather, source="measured"))
-        return terms
-
-    def _marginal_sync(
-        self, beside: PartCost, layers: int, parameters: int, tensors: int, base: Strategy
-    ) -> list[Term]:
-        """What embedding or head add to the synchronisation of the layers on their stage."""
-        alone = self._sync_of(beside.parameters * layers, beside.tensors * layers, base)
-        both = self._sync_of(beside.parameters * layers + parameters, beside.tensors * layers + tensors, base)
-        return [
-            Term(name=more.name, value=max(0.0, more.value - less.value), source=more.source)
-            for less, more in zip(alone, both, strict=True)
-        ]
-
-    def _hidden(self, terms: list[Term], name: str, behind_seconds: float) -> list[Term]:
-        """The terms with one of them overlapping with computation."""
-        slowdown = self.cluster.constants.overlap_slowdown
-        return [
-            Term(name=name, value=exposed_seconds(term.value, behind_seconds, slowdown), source="modelled")
-            if term.name == name
-            else term
-            for term in terms
-        ]
 
     def _replicated(self, parameters: int, tp: int) -> int:
         """Parameters of a layer that every rank of the tp group holds.

@@ -25,5 +25,7 @@ class RunOptions:
     """``--num-distributed-optimizer-instances``: ZeRO 1 shards over the replicas of each instance alone."""
     deepspeed_zero_1: bool = False
     """``--galvatron-zero-backend deepspeed``: ZeRO 1 is DeepSpeed's, not Megatron's distributed optimizer."""
+    bucket_elements: int | None = None
+    """``--ddp-bucket-size``: gradients that ZeRO 2 and 3 reduce at once; None for what Megatron takes."""
     optimizer_in_step: bool = True
     """False leaves out the optimizer step, where a measured time does so too."""

@@ -98,12 +98,13 @@ def operator_kind(name: str) -> str:
     return "linear" if any(word in name for word in ("projection", "linear", "output layer", "router")) else ""
 
 
-def bucket_elements(parameters: int, layers: int, replicas: int) -> int:
+def bucket_elements(parameters: int, layers: int, replicas: int, wanted: int | None = None) -> int:
     """Elements of the buffer in which DeepSpeed's classes reduce the gradients of a class of layers.
 
     Args:
         parameters: of one layer on one rank.
         layers: that may be of the class.
         replicas: ranks that shard it.
+        wanted: elements to reduce at once where the job says so.
     """
-    return min(parameters * layers, max(LEAST_BUCKET, 1_000_000 * replicas, parameters))
+    return min(parameters * layers, max(wanted or max(LEAST_BUCKET, 1_000_000 * replicas), parameters))

@@ -25,7 +25,7 @@ from galvatron_megatron.describe.profile import EMBEDDING, PartPoint, StepPoint
 from galvatron_megatron.describe.profile_key import layer_digest
 from galvatron_megatron.errors import DescriptionError
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
-from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
+from galvatron_megatron.plan.strategy import Offload, Recompute, SequenceParallel, Strategy
 
 MODEL = small_model()
 PROFILE = small_profile(MODEL)
@@ -132,7 +132,7 @@ def test_what_was_not_measured_never_fits_and_is_named():
     for strategy in (
         Strategy(cp=2, dp=2),
         Strategy(dp=4, expert_parallel=2),
-        Strategy(dp=4, zero=2),
+        Strategy(dp=4, zero=3, offload=Offload.OPTIMIZER),
         Strategy(tp=2, dp=2, sequence_parallel=SequenceParallel.ULYSSES),
         Strategy(tp=4),
     ):
@@ -244,6 +244,74 @@ def test_a_change_of_layout_takes_as_long_as_its_all_to_all():
             if term.name == "resharding"
         ]
         assert [term.source for term in found] == [source] and found[0].value > 0
+
+
+def sent(message_bytes: float) -> float:
+    return LATENCY + message_bytes * PER_BYTE
+
+
+@pytest.mark.parametrize("micro_batches", [1, 8])
+def test_zero_2_reduces_after_every_micro_batch_and_gathers_behind_the_step(micro_batches):
+    strategy = Strategy(dp=4, zero=2)
+    setting = Setting(pp=1, virtual_stages=1, micro_batch_size=1, micro_batches=micro_batches, base=strategy)
+    price = costs().priced_layer(0, strategy, setting)
+    # Four layers fill one bucket.
+    together = sent(4 * LAYER_PARAMETERS * 4) / 4
+    assert price.forward_seconds == pytest.approx(1e-3)
+    assert price.backward_seconds == pytest.approx(2e-3 + together)
+    optimizer = 12 * 1e-5 + LAYER_PARAMETERS / 4 * 2e-9
+    assert price.cost.sync_seconds == pytest.approx(optimizer + together)
+    assert {term.name: term.source for term in price.sync_terms} == {
+        "optimizer": "modelled",
+        "parameter gathering": "measured",
+    }
+    assert price.cost.state_bytes == LAYER_PARAMETERS * (4 + (4 + 8) / 4)
+    assert price.cost.transient_bytes == 50_000 + 4 * LAYER_PARAMETERS * 4
+    assert sum(term.value for term in price.micro_batch_terms) == pytest.approx(price.cost.micro_batch_seconds)
+
+
+@pytest.mark.parametrize(("recompute", "again"), [(Recompute.NONE, 1), (Recompute.FULL, 2)])
+def test_zero_3_gathers_every_module_in_every_pass(recompute, again):
+    strategy = Strategy(dp=4, zero=3, recompute=recompute)
+    setting = Setting(pp=1, virtual_stages=1, micro_batch_size=1, micro_batches=8, base=Strategy(dp=4))
+    price = costs().priced_layer(0, strategy, setting)
+    # Two norms and four linears.
+    gathered = 6 * LATENCY + LAYER_PARAMETERS * 4 * PER_BYTE
+    reduced = sent(4 * LAYER_PARAMETERS * 4) / 4
+    plain = costs().priced_layer(0, replace(strategy, zero=0), setting)
+    assert price.forward_seconds == pytest.approx(plain.forward_seconds + gathered)
+    assert price.backward_seconds == pytest.approx(plain.backward_seconds + again * gathered + reduced)
+    assert [term.name for term in price.sync_terms] == ["optimizer"]
+    assert price.cost.state_bytes == LAYER_PARAMETERS * 16 / 4
+    bucket = 4 * LAYER_PARAMETERS * 4
+    assert price.cost.transient_bytes == 50_000 + 2 * LAYER_PARAMETERS * 4 + bucket
+    short = RunOptions(implementation="local", bucket_elements=LAYER_PARAMETERS)
+    small = MeasuredCostModel(MODEL, FOUR_RANKS, PROFILE, short).layer_cost(0, strategy, setting)
+    assert price.cost.transient_bytes - small.transient_bytes == bucket * 3 / 4
+
+
+def test_zero_3_gathers_a_tied_embedding_for_the_head_again():
+    strategy = Strategy(dp=4, zero=3)
+    setting = Setting(pp=1, virtual_stages=1, micro_batch_size=1, micro_batches=8, base=strategy)
+    head, embedding = costs().priced_head(setting), costs().priced_embedding(setting)
+    shared = MODEL.padded_vocab_size(1) * MODEL.hidden_size * 4
+    # Beside the final norm, whose 256 parameters are no less than the smallest message measured.
+    assert head.forward_seconds == pytest.approx(1e-4 + sent(shared) + sent(256 * 4))
+    assert embedding.forward_seconds == pytest.approx(1e-4 + sent(EMBEDDING_PARAMETERS * 4))
+    # Reduced with the layers: no start of its own.
+    more = EMBEDDING_PARAMETERS * 4 * PER_BYTE
+    assert embedding.backward_seconds - 2e-4 == pytest.approx(embedding.forward_seconds - 1e-4 + more)
+
+
+def test_what_overlaps_hides_behind_computation():
+    strategy = Strategy(dp=4, zero=3)
+    setting = Setting(pp=1, virtual_stages=1, micro_batch_size=4, micro_batches=2, base=strategy)
+    options = RunOptions(implementation="local", overlap_parameters=True, overlap_gradients=True)
+    hidden = MeasuredCostModel(MODEL, FOUR_RANKS, PROFILE, options).priced_layer(0, strategy, setting)
+    plain = costs().priced_layer(0, strategy, setting)
+    assert 4e-3 < hidden.forward_seconds < plain.forward_seconds
+    assert 8e-3 < hidden.backward_seconds < plain.backward_seconds
+    assert {term.source for term in hidden.micro_batch_terms if "sharded" in term.name} == {"modelled"}
 
 
 def test_the_optimizer_line_is_found_and_never_negative():

@@ -1,0 +1,165 @@
+"""Prices keeping states equal or sharded from a profile: measured collectives, measured optimizer steps."""
+
+from galvatron_megatron.cost.measured_points import CurveTable, fit_steps
+from galvatron_megatron.cost.memory import ElementBytes, Share
+from galvatron_megatron.cost.options import RunOptions
+from galvatron_megatron.cost.overlap import exposed_seconds
+from galvatron_megatron.cost.sharded_states import (
+    GATHER,
+    REDUCE,
+    Sent,
+    is_sent_every_micro_batch,
+    micro_batch_seconds,
+    sent_seconds,
+    transient_bytes,
+)
+from galvatron_megatron.cost.sharding import BACKWARD, FORWARD, REDUCTION, UPDATE
+from galvatron_megatron.cost.terms import Term
+from galvatron_megatron.describe.profile import Profile
+from galvatron_megatron.plan.strategy import Strategy
+
+REDUCING, GATHERING = "gradient reduction", "parameter gathering"
+"""Names of terms."""
+
+
+class StatePrices:
+    """What reducing gradients, gathering parameters and stepping costs.
+
+    Args:
+        profile: with optimizer steps.
+        curves: its collectives.
+        element: bytes of one parameter by purpose.
+        options: switches of the job.
+        slowdown: of computation and communication while both run.
+    """
+
+    def __init__(
+        self, profile: Profile, curves: CurveTable, element: ElementBytes, options: RunOptions, slowdown: float
+    ) -> None:
+        self._curves = curves
+        self._element = element
+        self._options = options
+        self._slowdown = slowdown
+        self._steps = {
+            zero: fit_steps([point for point in profile.steps if point.zero == zero])
+            for zero in {point.zero for point in profile.steps}
+        }
+
+    def has_step(self, strategy: Strategy) -> bool:
+        """Whether an optimizer was measured whose step tells the time of this strategy's."""
+        return min(strategy.zero, 1) in self._steps
+
+    def _shares(self, parameters: int, strategy: Strategy) -> tuple[Share, ...]:
+        return (Share(parameters=parameters, replicas=strategy.state_replicas, stride=strategy.weight_shards),)
+
+    def sent(
+        self, parameters: int, strategy: Strategy, *, modules: int = 1, borrowed: int = 0
+    ) -> dict[tuple[str, str], float]:
+        """Seconds of the collectives for some parameters of one rank, see ``sent_seconds``."""
+        return sent_seconds(
+            self._shares(parameters, strategy),
+            strategy,
+            self._element,
+            self._options,
+            self._curves.seconds,
+            modules=modules,
+            borrowed=borrowed,
+        )
+
+    def once_per_step(self, parameters: int, tensors: int, strategy: Strategy, sent: Sent) -> list[Term]:
+        """Gradient reduction, optimizer and parameter gathering of some parameters of one rank, in this order.
+
+        Stages 2 and 3 update a shard as stage 1 does, whose step stands for theirs.
+
+        Args:
+            parameters: of the rank.
+            tensors: that they are in.
+            strategy: how their states are kept.
+            sent: of these parameters.
+        """
+        updated = parameters / strategy.state_replicas if strategy.zero else parameters
+        step = self._steps[min(strategy.zero, 1)].seconds(tensors, updated)
+        return [
+            Term(name=REDUCING, value=sent.get((REDUCTION, REDUCE), 0.0), source="measured"),
+            Term(name="optimizer", value=step, source="modelled" if strategy.zero > 1 else "measured"),
+            Term(name=GATHERING, value=sent.get((UPDATE, GATHER), 0.0), source="measured"),
+        ]
+
+    def overlapped(self, terms: list[Term], forward_seconds: float, backward_seconds: float) -> list[Term]:
+        """Once-per-step terms where the job overlaps them with computation.
+
+        Args:
+            terms: as ``once_per_step`` returns them.
+            forward_seconds: computation that gathering hides behind.
+            backward_seconds: computation that reduction hides behind.
+        """
+        behind = {}
+        if self._options.overlap_gradients:
+            behind[REDUCING] = backward_seconds
+        if self._options.overlap_parameters:
+            behind[GATHERING] = forward_seconds
+        return [
+            Term(
+                name=term.name,
+                value=exposed_seconds(term.value, behind[term.name], self._slowdown),
+                source="modelled",
+            )
+            if term.name in behind
+            else term
+            for term in terms
+        ]
+
+    def added(
+        self, parameters: int, tensors: int, beside: tuple[int, int], strategy: Strategy, own: Sent
+    ) -> tuple[dict[tuple[str, str], float], list[Term]]:
+        """What some parameters add to what others on the same rank, with which they are reduced, take.
+
+        Args:
+            parameters: that come on top.
+            tensors: that they are in.
+            beside: parameters and tensors of the others.
+            strategy: how all of them are kept.
+            own: sent for the parameters alone; what stage 3 gathers, it gathers module by module.
+
+        Returns:
+            Seconds sent, and once-per-step terms.
+        """
+        less = self.sent(beside[0], strategy)
+        more = self.sent(beside[0] + parameters, strategy)
+        sent = {
+            key: own[key]
+            if is_sent_every_micro_batch(key[0]) and key[1] == GATHER
+            else max(0.0, more[key] - less.get(key, 0.0))
+            for key in own
+        }
+        steps = zip(
+            self.once_per_step(*beside, strategy, less),
+            self.once_per_step(beside[0] + parameters, beside[1] + tensors, strategy, more),
+            strict=True,
+        )
+        return sent, [
+            Term(name=new.name, value=max(0.0, new.value - old.value), source=new.source) for old, new in steps
+        ]
+
+    def micro_batch_terms(self, sent: Sent, forward_seconds: float, backward_seconds: float) -> list[Term]:
+        """What stages 2 and 3 add to the forward and to the backward pass of every micro-batch, in this order.
+
+        Args:
+            sent: of the parameters.
+            forward_seconds: of computation, behind which the job may gather.
+            backward_seconds: of computation, behind which it may gather and reduce.
+        """
+        overlaps = self._options.overlap_parameters or self._options.overlap_gradients
+        return [
+            Term(
+                name=f"{phase} sharded parameters",
+                value=micro_batch_seconds(phase, computing, sent, self._options, self._slowdown),
+                source="modelled" if overlaps else "measured",
+            )
+            for phase, computing in ((FORWARD, forward_seconds), (BACKWARD, backward_seconds))
+        ]
+
+    def transient_bytes(self, parameters: int, strategy: Strategy, layers: int, *, borrowed: int = 0) -> int:
+        """What sharding needs for a while, see ``sharded_states.transient_bytes``."""
+        shares = self._shares(parameters, strategy)
+        return transient_bytes(shares, strategy, self._element, self._options, layers, borrowed=borrowed)

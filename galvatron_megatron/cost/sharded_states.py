@@ -1,0 +1,134 @@
+"""Seconds and bytes that sharding a layer's states takes, whoever says how long a collective takes."""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Protocol
+
+from galvatron_megatron.cost.memory import ElementBytes, Share
+from galvatron_megatron.cost.options import RunOptions
+from galvatron_megatron.cost.overlap import exposed_seconds
+from galvatron_megatron.cost.sharding import BACKWARD, FORWARD, bucket_elements, sharding_collectives
+from galvatron_megatron.plan.strategy import Offload, Strategy
+
+GATHER, REDUCE = "gather", "reduce"
+"""What a collective is for."""
+
+Sent = Mapping[tuple[str, str], float]
+"""Seconds by when collectives are sent and what they are for: (``FORWARD``, ``GATHER``) -> seconds."""
+
+
+class CollectiveTime(Protocol):
+    """Prices collectives: by a cluster's links, or by measured curves."""
+
+    def __call__(self, kind: str, message_bytes: float, ranks: int, stride: int) -> float:
+        """Seconds of one collective over ranks that are ``stride`` apart."""
+        ...
+
+
+def sent_seconds(
+    shares: Iterable[Share],
+    strategy: Strategy,
+    element: ElementBytes,
+    options: RunOptions,
+    seconds: CollectiveTime,
+    *,
+    modules: int = 1,
+    borrowed: int = 0,
+) -> dict[tuple[str, str], float]:
+    """Seconds of the collectives that shard some parameters' states; see ``sharding_collectives``.
+
+    With several instances of Megatron's distributed optimizer, each scatters gradients among its own ranks,
+    then shards are summed over the instances.
+
+    Args:
+        shares: parameters of the rank by who replicates them.
+        strategy: how the layer runs.
+        element: bytes of one parameter by purpose.
+        options: switches of the job.
+        seconds: of one collective.
+        modules: that compute with parameters, the one that borrows counted.
+        borrowed: parameters that one module takes from another part of the model: stage 3 gathers them again.
+    """
+    own = max(1, modules - bool(borrowed))
+    sent: dict[tuple[str, str], float] = {}
+    for number, share in enumerate(shares):
+        collectives = sharding_collectives(
+            share.parameters,
+            strategy.zero,
+            element,
+            modules=own,
+            recompute=strategy.recompute,
+            deepspeed=options.deepspeed_zero_1 or strategy.offload is not Offload.NONE,
+        )
+        if strategy.zero == 3 and borrowed and not number:
+            again = sharding_collectives(borrowed, 3, element, recompute=strategy.recompute)
+            collectives += tuple(entry for entry in again if entry.kind == "all_gather")
+        for entry in collectives:
+            each = entry.bytes / entry.count
+            spent = entry.count * seconds(entry.kind, each, share.sharding, share.stride)
+            if entry.kind == "reduce_scatter":
+                between = share.replicas // share.sharding
+                stride = share.stride * share.sharding
+                spent += seconds("all_reduce", each / share.sharding, between, stride)
+            role = GATHER if entry.kind == "all_gather" else REDUCE
+            sent[entry.when, role] = sent.get((entry.when, role), 0.0) + spent
+    return sent
+
+
+def micro_batch_seconds(
+    phase: str, computing_seconds: float, sent: Sent, options: RunOptions, slowdown: float
+) -> float:
+    """What ZeRO 2 and 3 add to a phase of every micro-batch; overlapped where the job overlaps them.
+
+    Args:
+        phase: ``FORWARD`` or ``BACKWARD``.
+        computing_seconds: the phase without them.
+        sent: seconds of collectives.
+        options: switches of the job.
+        slowdown: of computation and communication while both run.
+    """
+    gather, reduce = sent.get((phase, GATHER), 0.0), sent.get((phase, REDUCE), 0.0)
+    if options.overlap_parameters:
+        gather = exposed_seconds(gather, computing_seconds, slowdown)
+    if options.overlap_gradients:
+        reduce = exposed_seconds(reduce, computing_seconds, slowdown)
+    return gather + reduce
+
+
+def is_sent_every_micro_batch(when: str) -> bool:
+    """True for what is sent in forward or backward passes."""
+    return when in (FORWARD, BACKWARD)
+
+
+def transient_bytes(
+    shares: Collection[Share],
+    strategy: Strategy,
+    element: ElementBytes,
+    options: RunOptions,
+    layers: int,
+    *,
+    borrowed: int = 0,
+) -> int:
+    """Bytes that ZeRO 2 and 3 need beside a layer's states while it runs.
+
+    Stage 3 has the layer's weights whole, and those of the module it goes on with. Stages 2 and 3 reduce in a
+    bucket, in the width of the weights, of which they make a copy in the width that is reduced in.
+
+    Args:
+        shares: parameters of the rank by who replicates them.
+        strategy: how the layer runs.
+        element: bytes of one parameter by purpose.
+        options: switches of the job.
+        layers: that may share the bucket.
+        borrowed: parameters of another module that are gathered as well.
+    """
+    found = 0
+    if strategy.zero == 3:
+        found += (2 * sum(share.parameters for share in shares) + borrowed) * element.weight
+    if strategy.zero >= 2:
+        bucket = sum(
+            bucket_elements(share.parameters, layers, share.sharding, options.bucket_elements)
+            for share in shares
+        )
+        width = element.weight + (element.gradient if element.gradient != element.weight else 0)
+        found += bucket * width
+    return found
