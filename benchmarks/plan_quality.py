@@ -6,7 +6,7 @@ prints both, the mean absolute error, and how far the chosen plan is from the be
 one core. With ``--link`` the machine plays two nodes joined by a link of that rate. What has been measured is
 kept in ``--directory``; started again, the program goes on from there.
 
-    .venv/bin/python benchmarks/plan_quality.py --rounds 2
+    .venv/bin/python benchmarks/plan_quality.py --rounds 2 --zero 2 3
     .venv/bin/python benchmarks/plan_quality.py --directory KEPT --link 200mbit --link 1gbit --link 10gbit
 """
 
@@ -52,7 +52,7 @@ def model_words(options: argparse.Namespace) -> list[str]:
 
 
 def uniform_plans(model: Model, options: argparse.Namespace) -> Iterator[Plan]:
-    """tp, dp and pp in all combinations; recomputation and ZeRO-1 at one micro-batch size each."""
+    """tp, dp and pp in all combinations; recomputation and ZeRO at one micro-batch size each."""
     middle = options.sizes[len(options.sizes) // 2]
     for tp in tensor_degrees(model, options.ranks):
         for pp in divisors(options.ranks // tp):
@@ -62,7 +62,7 @@ def uniform_plans(model: Model, options: argparse.Namespace) -> Iterator[Plan]:
             for size in options.sizes:
                 if options.batch % (dp * size):
                     continue
-                for zero in (0, 1) if dp > 1 and size == middle else (0,):
+                for zero in (0, 1, *options.zero) if dp > 1 and size == middle else (0,):
                     for recompute in (Recompute.NONE, Recompute.FULL) if size == middle else (Recompute.NONE,):
                         base = Strategy(tp=tp, dp=dp, zero=zero)
                         layer = LayerPlan(
@@ -208,6 +208,9 @@ def main() -> int:
     add_arguments(parser)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4], help="micro-batch sizes")
+    parser.add_argument(
+        "--zero", type=int, nargs="+", choices=(2, 3), default=[], help="ZeRO stages to try beside 0 and 1"
+    )
     parser.add_argument("--iterations", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument(
