@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from galvatron_megatron.cost.galvatron_table import GalvatronCostModel
-from galvatron_megatron.describe.galvatron_files import read_galvatron_profile
+from galvatron_megatron.describe.galvatron_tables import read_galvatron_profile
 from galvatron_megatron.describe.model_file import read_model
 from galvatron_megatron.errors import SearchError
 from galvatron_megatron.search.engine import search

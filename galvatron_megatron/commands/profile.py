@@ -14,27 +14,26 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from galvatron_megatron.commands.profile_worker import RANK_TIMEOUT_SECONDS
+from galvatron_megatron.commands.stored_profiles import export, find_stored, import_stored, list_stored, show
+from galvatron_megatron.describe.galvatron_store import GalvatronImport
 from galvatron_megatron.describe.host import gpus, processor_name, software_versions
+from galvatron_megatron.describe.kept_plans import forget_plans
 from galvatron_megatron.describe.megatron_flags_of import flags_of
 from galvatron_megatron.describe.model_file import read_model
 from galvatron_megatron.describe.profile import Profile, digest
 from galvatron_megatron.describe.profile_store import (
     check_directory,
     default_directory,
-    from_json,
-    list_profiles,
     read_profile,
-    to_json,
     write_atomically,
-    write_profile,
 )
 from galvatron_megatron.errors import DescriptionError, GalvatronError, did_you_mean
 from galvatron_megatron.integration.launcher import adopt_environment
 from galvatron_megatron.plan.document import check_target
-from galvatron_megatron.report.profile_report import plot_profile, print_list, print_profile
-from galvatron_megatron.report.terminal import terminal
 
 ACTIONS = ("measure", "list", "show", "export", "import")
+LEAST_WORDS = {"export": 2, "import": 1}
+"""Arguments that an action needs."""
 
 EPILOG = """\
 actions:
@@ -43,6 +42,8 @@ actions:
   show FINGERPRINT    one of them, in full (the newest one without FINGERPRINT)
   export FINGERPRINT FILE
   import FILE         merge a profile that was exported elsewhere into the store
+  import DIR...       put the profiles of Hetu-Galvatron in these directories into the store (of a machine:
+                      profile_hardware/hardware_configs; of models: models/*/configs)
 
 examples:
   galvatron profile --ranks 4 --model configs/models/gpt3-125m.yaml
@@ -122,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
         create=arguments.directory is None,
         write=action == "import",
     )
-    limit = {"measure": 0, "list": 0, "show": 1, "export": 2, "import": 1}[action]
+    limit = {"measure": 0, "list": 0, "show": 1, "export": 2, "import": len(words)}[action]
     unused = () if action == "measure" else ("model", "seq_length", "ranks", "tp", "again", "megatron")
     unused += () if action in ("measure", "show") else ("plot",)
     for name in unused:
@@ -136,56 +137,21 @@ def run(arguments: argparse.Namespace) -> int:
     if action == "measure":
         return _measure(arguments, directory, arguments.megatron)
     if action == "list":
-        found = list_profiles(directory)
-        if arguments.json:
-            print(json.dumps([profile.fingerprint() for profile in found]))
-        else:
-            print_list(found, terminal())
+        list_stored(directory, as_json=arguments.json)
         return 0
     if action == "show":
-        return _show(_stored(directory, words[0] if words else None), arguments)
-    if len(words) < limit:
-        raise GalvatronError(f"profile {action}: needs {limit} arguments; see --help")
+        return _show(find_stored(directory, words[0] if words else None), arguments)
+    if len(words) < LEAST_WORDS[action]:
+        raise GalvatronError(f"profile {action}: needs {LEAST_WORDS[action]} argument(s); see --help")
     if action == "export":
-        profile, target = _stored(directory, words[0]), Path(words[1])
-        write_atomically(target, to_json(profile))
-        print(f"wrote {target}")
-        return 0
-    source = Path(words[0])
-    try:
-        profile = from_json(source.read_text(encoding="utf-8", errors="replace"), str(source))
-    except OSError as error:
-        raise GalvatronError(
-            f"{source}: cannot be read ({error.strerror}); valid: an exported profile"
-        ) from None
-    merged = write_profile(directory, profile)
-    print(
-        f"imported {merged.fingerprint()}: {len(merged.parts)} layer points, {len(merged.collectives)} curves"
-    )
+        export(find_stored(directory, words[0]), Path(words[1]))
+    else:
+        import_stored(directory, [Path(word) for word in words])
     return 0
 
 
-def _stored(directory: Path, fingerprint: str | None) -> Profile:
-    found = list_profiles(directory)
-    if not found:
-        raise GalvatronError(f"profile directory {directory}: holds no profile; valid: galvatron profile first")
-    if fingerprint is None:
-        return found[0]
-    matching = [profile for profile in found if profile.fingerprint().startswith(fingerprint)]
-    if len(matching) != 1:
-        known = [profile.fingerprint() for profile in found]
-        kind = "is ambiguous" if matching else "is not stored"
-        raise GalvatronError(f"profile {fingerprint} {kind}; {did_you_mean(fingerprint, known)}")
-    return matching[0]
-
-
-def _show(profile: Profile, arguments: argparse.Namespace) -> int:
-    if arguments.plot is not None:
-        plot_profile(profile, arguments.plot)
-    if arguments.json:
-        print(to_json(profile), end="")
-    else:
-        print_profile(profile, terminal())
+def _show(profile: Profile | GalvatronImport, arguments: argparse.Namespace) -> int:
+    show(profile, plot=arguments.plot, as_json=arguments.json)
     return 0
 
 
@@ -241,6 +207,8 @@ def _measure(arguments: argparse.Namespace, directory: Path, megatron: list[str]
         with suppress(DescriptionError):
             # It only spares the next call the start of ranks; a store that is complete may be read-only.
             write_atomically(answered, json.dumps(fingerprint) + "\n")
+    if arguments.again:
+        forget_plans(directory, fingerprint)
     profile, _ = read_profile(directory, fingerprint)
     if profile is None:
         raise GalvatronError(f"profile {fingerprint}: vanished from {directory}; valid: measure again")

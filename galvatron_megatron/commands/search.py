@@ -18,7 +18,7 @@ from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.protocol import CostModel
 from galvatron_megatron.describe.cluster import Cluster, read_cluster
 from galvatron_megatron.describe.galvatron_config import write_galvatron_config
-from galvatron_megatron.describe.galvatron_files import read_galvatron_profile
+from galvatron_megatron.describe.galvatron_tables import read_galvatron_profile
 from galvatron_megatron.describe.model import Model
 from galvatron_megatron.describe.model_file import read_model
 from galvatron_megatron.errors import SearchError

@@ -20,7 +20,7 @@ import itertools
 from functools import lru_cache
 
 from galvatron_megatron.cost.protocol import LayerCost, Setting
-from galvatron_megatron.describe.galvatron_files import EndMemory, GalvatronProfile
+from galvatron_megatron.describe.galvatron_tables import EndMemory, GalvatronProfile
 from galvatron_megatron.describe.model import Model
 from galvatron_megatron.errors import DescriptionError
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy

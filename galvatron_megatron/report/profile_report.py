@@ -12,8 +12,13 @@ from galvatron_megatron.errors import GalvatronError
 
 def age(profile: Profile, now: datetime | None = None) -> str:
     """How long ago the last measurement was made, in words."""
+    return age_of(profile.provenance.updated, now)
+
+
+def age_of(time: str, now: datetime | None = None) -> str:
+    """How long ago a time was (UTC, ISO 8601), in words."""
     try:
-        then = datetime.fromisoformat(profile.provenance.updated)
+        then = datetime.fromisoformat(time)
     except ValueError:
         return "unknown"
     seconds = ((now or datetime.now(UTC)) - then).total_seconds()

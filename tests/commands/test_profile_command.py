@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from profiles import small_model, small_profile
@@ -11,10 +12,11 @@ from galvatron_megatron.cli import main
 from galvatron_megatron.commands import profile as command
 from galvatron_megatron.describe.megatron_args import model_from_arguments, parse_command_line
 from galvatron_megatron.describe.megatron_flags_of import flags_of
-from galvatron_megatron.describe.profile_store import from_json, read_profile, write_profile
+from galvatron_megatron.describe.profile_store import from_json, read_profile, to_json, write_profile
 from galvatron_megatron.errors import DescriptionError, GalvatronError
 
 PROFILE = small_profile(small_model())
+GALVATRON = Path(__file__).parent.parent / "data" / "galvatron_a100_8gpu"
 
 
 def profile(capsys, *words: object) -> tuple[int, str, str]:
@@ -48,6 +50,41 @@ def test_export_and_import_merge(tmp_path, capsys):
     assert {p.key for p in found.parts} == {p.key for p in PROFILE.parts}
 
 
+def test_profiles_of_hetu_galvatron_stand_beside_measured_ones(tmp_path, capsys):
+    store, exported = tmp_path / "store", tmp_path / "exported.json"
+    store.mkdir()
+    code, out, _ = profile(capsys, "import", GALVATRON, "--directory", store)
+    assert code == 0 and "machine of 1 x 4, 1 x 8, 2 x 8 devices; model bf16_llama2-7b_all" in out
+    name = out.split()[1].rstrip(":")
+    code, out, _ = profile(capsys, "show", "--directory", store)
+    assert code == 0 and f"profile {name}: imported" in out and str(GALVATRON) in out and "154.2" in out
+    write_profile(store, PROFILE)
+    code, out, _ = profile(capsys, "list", "--directory", store)
+    assert code == 0 and "2048" in out and "a processor" in out
+    _, out, _ = profile(capsys, "list", "--directory", store, "--json")
+    assert json.loads(out) == [PROFILE.fingerprint(), name]
+    _, out, _ = profile(capsys, "show", name[:4], "--directory", store, "--json")
+    assert json.loads(out)["format"] == "hetu-galvatron profile"
+    code, _, err = profile(capsys, "show", name, "--plot", tmp_path / "p.png", "--directory", store)
+    assert code == 2 and "no fitted curves" in err and err.count("\n") == 1
+    assert profile(capsys, "export", name, exported, "--directory", store)[0] == 0
+    for path in store.glob("galvatron-*"):
+        path.unlink()
+    code, out, _ = profile(capsys, "import", exported, "--directory", store)
+    assert code == 0 and name in out and len(list(store.glob("galvatron-*.json"))) == 1
+
+
+def test_an_import_that_changes_a_profile_forgets_the_plans_made_with_it(tmp_path, capsys):
+    write_profile(tmp_path, PROFILE)
+    kept, file = tmp_path / "plan-a.json", tmp_path / "new.json"
+    kept.write_text(json.dumps({"decision": {"plan": {"fingerprints": {"profile": PROFILE.fingerprint()}}}}))
+    file.write_text(to_json(PROFILE))
+    assert profile(capsys, "import", file, "--directory", tmp_path)[0] == 0 and kept.exists()
+    file.write_text(to_json(replace(PROFILE, notes=("a slow rank",))))
+    code, out, _ = profile(capsys, "import", file, "--directory", tmp_path)
+    assert code == 0 and "1 kept plan(s) forgotten" in out and not kept.exists()
+
+
 def test_plot_draws_a_picture(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     write_profile(tmp_path, PROFILE)
@@ -66,6 +103,9 @@ def test_plot_draws_a_picture(tmp_path, capsys):
         (["measure"], "no model"),
         (["measure", "--ranks", "0", "--", "--num-layers", "2"], "--ranks"),
         (["import", "missing.json"], "cannot be read"),
+        (["import"], "needs 1"),
+        (["import", "/", "missing.json"], "missing.json is no directory; valid: one exported file"),
+        (["import", str(GALVATRON.parent)], f"valid: below it: {GALVATRON}"),
         (["export", "abc"], "holds no profile|needs 2"),
         (["list", "too", "much"], "too much"),
         (["measure", "--model", "missing.yaml"], "missing.yaml"),

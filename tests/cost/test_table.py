@@ -7,7 +7,7 @@ from galvatron_megatron.cost.analytic import AnalyticCostModel
 from galvatron_megatron.cost.galvatron_table import GalvatronCostModel, interpolated, zero_fraction
 from galvatron_megatron.cost.table import Recorder, TableCostModel
 from galvatron_megatron.describe.cluster import read_cluster
-from galvatron_megatron.describe.galvatron_files import read_galvatron_profile
+from galvatron_megatron.describe.galvatron_tables import read_galvatron_profile
 from galvatron_megatron.describe.model_file import read_model
 from galvatron_megatron.describe.shipped import find_description
 from galvatron_megatron.errors import DescriptionError

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from galvatron_megatron.describe.galvatron_files import (
+from galvatron_megatron.describe.galvatron_tables import (
     read_galvatron_profile,
 )
 from galvatron_megatron.errors import DescriptionError
