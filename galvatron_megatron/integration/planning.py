@@ -9,6 +9,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from galvatron_megatron.describe.model import Model
 from galvatron_megatron.describe.plan_check import check_plan
 from galvatron_megatron.describe.profile import Profile
 from galvatron_megatron.describe.profile_store import check_directory, default_directory
-from galvatron_megatron.errors import GalvatronError, UnsupportedPlanError
+from galvatron_megatron.errors import GalvatronError, SearchError, UnsupportedPlanError
 from galvatron_megatron.integration.channel import Channel
 from galvatron_megatron.integration.decision import Decision, DecisionStore
 from galvatron_megatron.integration.job_model import job_model
@@ -37,6 +38,7 @@ from galvatron_megatron.profiler.needs import ProfileNeeds, tensor_degrees
 from galvatron_megatron.profiler.session import profile_live_ranks
 from galvatron_megatron.profiler.switches import switches_of
 from galvatron_megatron.profiler.topology import facts_of_this_rank, software_versions
+from galvatron_megatron.runtime.zero import zero_backend
 from galvatron_megatron.search.decision_tree import Space
 from galvatron_megatron.search.engine import search
 from galvatron_megatron.search.request import UNIFORM_MARGIN, SearchRequest
@@ -48,6 +50,19 @@ _RECOMPUTE_ARGUMENTS = (
     "recompute_num_layers",
     "recompute_modules",
 )
+
+
+def _needs_deepspeed(plan: Plan) -> bool:
+    """True where some states are sharded as DeepSpeed alone does it."""
+    return any(strategy.zero > HIGHEST_STOCK_ZERO for strategy in (plan.base, *plan.strategies))
+
+
+def _searched(request: SearchRequest, costs: MeasuredCostModel, left_out: Sequence[str]) -> SearchResult:
+    """Searches; where nothing is found, the error names what was left out as well."""
+    try:
+        return search(request, costs)
+    except SearchError as error:
+        raise SearchError("; ".join((str(error), *left_out))) from None
 
 
 class JobPlanner:
@@ -178,6 +193,7 @@ class JobPlanner:
             "constraints": constraints,
             "memory_gb": self.options.memory_gb,
             "uniform": self.options.uniform,
+            "max_zero": self._max_zero(),
             "run_options": asdict(self._run_options()),
             "switches": switches_of(self.args),
             "margin": UNIFORM_MARGIN,
@@ -194,7 +210,16 @@ class JobPlanner:
             overlap_gradients=args.overlap_grad_reduce,
             overlap_parameters=args.overlap_param_gather,
             overlap_tensor_parallel=args.tp_comm_overlap,
+            deepspeed_zero_1=zero_backend(args) == "deepspeed",
+            # Without overlap Megatron's buckets, and those of ZeRO, are as large as can be.
+            bucket_elements=args.ddp_bucket_size if args.overlap_grad_reduce else None,
         )
+
+    def _max_zero(self) -> int:
+        """The highest ZeRO stage that this job could train with."""
+        if self.options.uniform or find_spec("deepspeed") is None:
+            return HIGHEST_STOCK_ZERO
+        return HIGHEST_ZERO
 
     # What is kept.
 
@@ -280,7 +305,7 @@ class JobPlanner:
             global_batch_size=self.args.global_batch_size,
             constraints=self.constraints,
             layerwise=not self.options.uniform,
-            max_zero=HIGHEST_STOCK_ZERO if self.options.uniform else HIGHEST_ZERO,
+            max_zero=self._max_zero(),
             allow_ulysses=False,
             allow_cp=False,
             # Not measured.
@@ -298,17 +323,29 @@ class JobPlanner:
             self._request(),
             devices_per_node=cluster.devices_per_node,
             memory_bytes=math.floor(cluster.memory_bytes),
-            # What is not measured has no price.
-            max_zero=max(point.zero for point in profile.steps),
         )
-        result = search(request, costs)
+        left_out: tuple[str, ...] = ()
+        if request.max_zero < HIGHEST_ZERO and not self.options.uniform:
+            left_out = ("only ZeRO 0 and 1: deepspeed is not installed",)
+        result = _searched(request, costs, left_out)
         seconds = result.search_seconds
-        if not runs_on_stock_megatron(result.plan):
-            problem = self._runtime_problem(result.plan)
-            if problem:
-                notes = (*notes, f"only plans that run every layer alike: {problem}")
-                result = search(replace(request, layerwise=False), costs)
+        # What the runtime refuses is left out: what DeepSpeed would do first, then layers that differ.
+        for words, concerns, changes in (
+            ("only ZeRO 0 and 1", _needs_deepspeed, {"max_zero": HIGHEST_STOCK_ZERO}),
+            (
+                "only plans that run every layer alike",
+                lambda plan: True,
+                {"layerwise": False, "max_zero": HIGHEST_STOCK_ZERO},
+            ),
+        ):
+            if runs_on_stock_megatron(result.plan) or not concerns(result.plan):
+                continue
+            if problem := self._runtime_problem(result.plan):
+                left_out = (*left_out, f"{words}: {problem}")
+                request = replace(request, **changes)
+                result = _searched(request, costs, left_out)
                 seconds += result.search_seconds
+        notes = (*notes, *left_out)
         return self._decision(result, profile, cluster, profile_seconds, seconds, notes)
 
     def _decision(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from galvatron_megatron.describe.model import Layer, Model
+from galvatron_megatron.plan.runnable import HIGHEST_STOCK_ZERO
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
 
 MOST_TOKENS = 1 << 16
@@ -44,6 +45,7 @@ class ProfileNeeds:
     micro_batch_sizes: tuple[int, ...]
     """Rising. Sizes between two of these are interpolated."""
     zeros: tuple[int, ...] = (0, 1)
+    """ZeRO stages whose optimizer step is measured; that of stage 1 tells those of 2 and 3."""
 
     def settings(self) -> list[tuple[Recompute, int]]:
         """(recomputation, micro-batch size) pairs that tell all where nothing is known of the curves.
@@ -88,8 +90,10 @@ class ProfileNeeds:
                 that a plan can use or that has 65,536 tokens.
             sequence_parallel: kinds for tp > 1; none and megatron by default.
             recomputes: all three by default.
-            zeros: 0 and 1 by default.
+            zeros: ZeRO stages that the search will consider; all by default.
         """
+        if zeros is not None:
+            zeros = sorted({min(zero, HIGHEST_STOCK_ZERO) for zero in zeros})
         if micro_batch_sizes is None:
             largest = max(1, min(global_batch_size, MOST_TOKENS // model.seq_length))
             sizes = {1 << k for k in range(largest.bit_length()) if 1 << k <= largest}

@@ -265,6 +265,7 @@ class _Run:
     def missing_builds(self) -> list[Build]:
         """Models to build and what to measure on them."""
         builds = []
+        measured = {point.zero for point in self.profile.steps}
         for layer in dict.fromkeys(self.model.layers):
             count = sum(1 for other in self.model.layers if other == layer)
             layers = min(count, MOST_LAYERS)
@@ -281,13 +282,11 @@ class _Run:
                             step=kind is SequenceParallel.NONE and 0 in self.needs.zeros,
                         )
                     )
-            if self.profile.steps:
-                continue
             plain = {"layer": layer, "sequence_parallel": SequenceParallel.NONE, "parts": False, "step": True}
             smallest = self.needs.tps[0]
-            for zero in self.needs.zeros:
+            for zero in sorted(set(self.needs.zeros) - measured):
                 builds.append(Build(layers=1, tp=smallest, zero=zero, **plain))
-                if zero:
+                if zero or not any(item.step and item.parts for item in builds):
                     builds.extend(Build(layers=layers, tp=tp, zero=zero, **plain) for tp in self.needs.tps)
         return builds
 

@@ -11,11 +11,12 @@ SIZES = (
     "--vocab-size 300 --tokenizer-type NullTokenizer --micro-batch-size 1 --global-batch-size 8 --num-experts 4"
 )
 PROGRAM = """
-import json, sys
+import importlib.util, json, sys
 from argparse import Namespace
 from pathlib import Path
 from galvatron_megatron.describe.megatron_args import parse_command_line
 from galvatron_megatron.errors import GalvatronError
+from galvatron_megatron.integration import planning
 from galvatron_megatron.integration.options import Options
 from galvatron_megatron.integration.planning import JobPlanner
 
@@ -24,11 +25,17 @@ for line, plan_file in json.loads(sys.argv[1]):
     words = line.split()
     options = Options(plan_file=Path(plan_file) if plan_file else None)
     try:
-        JobPlanner(Namespace(**parse_command_line(words)), {}, options, words, None, None)
+        planner = JobPlanner(Namespace(**parse_command_line(words)), {}, options, words, None, None)
         answers.append("")
     except GalvatronError as error:
         answers.append(str(error))
-print(json.dumps(answers))
+highest = [planner._max_zero()]
+planning.find_spec = lambda name: None
+highest.append(planner._max_zero())
+planner.options = Options(uniform=True)
+planning.find_spec = importlib.util.find_spec
+highest.append(planner._max_zero())
+print(json.dumps([*answers, highest]))
 """
 LINES = {
     "": "",
@@ -40,7 +47,7 @@ LINES = {
 
 
 @pytest.fixture(scope="module")
-def answers() -> list[str]:
+def answers() -> list:
     """What the planner says, from a process of its own: it imports torch and megatron."""
     lines = [(f"{SIZES} {flags}", "") for flags in LINES]
     lines.append((f"{SIZES} --expert-model-parallel-size 2", "plan.yaml"))
@@ -56,11 +63,15 @@ def answers() -> list[str]:
 
 
 @pytest.mark.parametrize("flags", LINES)
-def test_degrees_that_are_not_measured_are_refused(answers: list[str], flags: str) -> None:
+def test_degrees_that_are_not_measured_are_refused(answers: list, flags: str) -> None:
     answer = answers[list(LINES).index(flags)]
     assert answer.startswith(LINES[flags]) if LINES[flags] else not answer
     assert not answer or "; valid: " in answer
 
 
-def test_a_plan_file_may_share_out_experts(answers: list[str]) -> None:
-    assert answers[-1] == ""
+def test_a_plan_file_may_share_out_experts(answers: list) -> None:
+    assert answers[-2] == ""
+
+
+def test_zero_2_and_3_need_deepspeed_and_layers_of_their_own(answers: list) -> None:
+    assert answers[-1] == [3, 1, 1]

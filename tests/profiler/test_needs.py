@@ -56,6 +56,13 @@ def test_messages_reach_the_largest_and_half_as_many_are_sent_alone():
     assert message_sizes(1 << 9, contention=True) == [1 << 10]
 
 
+def test_the_optimizer_of_zero_1_is_measured_for_higher_stages():
+    needs = {
+        zeros: ProfileNeeds.for_job(small_model(), 4, 8, zeros=zeros).zeros for zeros in ((0,), (1, 3), (2, 3))
+    }
+    assert needs == {(0,): (0,), (1, 3): (1,), (2, 3): (1,)}
+
+
 def test_degrees_that_do_not_divide_the_model_are_left_out():
     model = small_model()
     assert tensor_degrees(model, 8) == [1, 2, 4]
