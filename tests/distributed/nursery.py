@@ -68,12 +68,7 @@ class Nursery:
 def _nurse(orders: Connection, live: Callable[..., None]) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     try:
-        import torch
-
-        from galvatron_megatron.integration import cpu_device
-
-        torch.set_num_threads(1)
-        cpu_device.install()
+        # Without the CPU device back end: what it counts as a rank's memory begins where it is installed.
         import runtime_job  # noqa: F401
     except BaseException:
         orders.send(traceback.format_exc())
