@@ -35,12 +35,12 @@ from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.describe.megatron_args import model_from_arguments, parse_command_line
 from galvatron_megatron.describe.model import Model
 from galvatron_megatron.describe.profile import Profile
+from galvatron_megatron.describe.profile_cluster import cluster_from_ranks
 from galvatron_megatron.describe.profile_store import list_profiles
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.serialization import write_plan
 from galvatron_megatron.plan.strategy import Recompute, Strategy
 from galvatron_megatron.profiler.needs import divisors, tensor_degrees
-from galvatron_megatron.profiler.topology import cluster_from_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from galvatron_megatron.describe.cluster import Cluster
 from galvatron_megatron.describe.model import Layer, Model
 from galvatron_megatron.describe.profile import PartPoint, Profile
+from galvatron_megatron.describe.profile_cluster import cluster_from_ranks
 from galvatron_megatron.describe.profile_key import layer_digest, shape_digest
 from galvatron_megatron.describe.profile_store import (
     check_directory,
@@ -55,7 +56,6 @@ from galvatron_megatron.profiler.sizes import settings_to_measure
 from galvatron_megatron.profiler.stragglers import straggler_note
 from galvatron_megatron.profiler.switches import switches_of
 from galvatron_megatron.profiler.topology import (
-    cluster_from_ranks,
     gather_facts,
     measure_speeds,
     nodes_of_group,

@@ -16,10 +16,10 @@ from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.describe.cluster import Cluster
 from galvatron_megatron.describe.megatron_args import model_from_arguments, parse_command_line
 from galvatron_megatron.describe.profile import Profile
+from galvatron_megatron.describe.profile_cluster import cluster_from_ranks
 from galvatron_megatron.describe.profile_store import list_profiles
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.strategy import Recompute, Strategy
-from galvatron_megatron.profiler.topology import cluster_from_ranks
 from galvatron_megatron.search.engine import search
 from galvatron_megatron.search.request import SearchRequest
 
