@@ -192,6 +192,7 @@ class PartMeasurement:
         numbers = [entry for _, entry in answers]
         if not self.failure and not self._samples:
             return []
+        self.uncertainty = 0.0
         if not self.failure:
             self.by_rank = [entry["layer"]["forward"] + entry["layer"]["backward"] for entry in numbers]
             count = len(self._samples["layer", "forward"])

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -66,10 +67,10 @@ MOST_LAYERS = 2
 """Layers in memory at most: a layer's weights then leave the processor's caches as in a real model."""
 ROUNDS = 2
 """How often every setting is measured, with all others of its model in between."""
-MOST_ROUNDS = 6
-"""How often those are whose times vary much."""
-UNSURE = 0.04
-"""Relative standard error above which times vary much."""
+UNSURE = 0.05
+"""Relative standard error above which a setting is measured again."""
+AGAIN_SHARE = 0.3
+"""Part of the time of the first rounds that this may take, the least certain setting first."""
 LEAST_LARGEST_BYTES = 4 << 20
 """Every curve reaches this far, where bandwidth and not latency decides."""
 LARGEST_CPU_BYTES = 32 << 20
@@ -395,10 +396,10 @@ class _Run:
                 )
                 for recompute, size in settings
             ]
+            started = time.perf_counter()
             for _ in range(ROUNDS):
                 self._measure_round(measurements)
-            for _ in range(ROUNDS, MOST_ROUNDS):
-                self._measure_round([m for m in measurements if m.uncertainty > UNSURE])
+            self._measure_uncertain(measurements, AGAIN_SHARE * (time.perf_counter() - started))
             done = min(left, len(measurements))
             left -= done
             self.progress.advance(done)
@@ -413,6 +414,16 @@ class _Run:
                 self.keep(notes=self._stragglers("computing layers", measurements[-1].by_rank))
         # What the curves turned out not to need.
         self.progress.advance(left)
+
+    def _measure_uncertain(self, measurements: list[PartMeasurement], budget_seconds: float) -> None:
+        """Measures again what varies much, for as long as rank 0 says."""
+        started = time.perf_counter()
+        while True:
+            least_certain = max(measurements, key=lambda measurement: measurement.uncertainty)
+            is_over = agree(time.perf_counter() - started > budget_seconds)
+            if is_over or least_certain.uncertainty <= UNSURE:
+                return
+            self._measure_round([least_certain])
 
     def _measure_round(self, measurements: list[PartMeasurement]) -> None:
         for measurement in measurements:
