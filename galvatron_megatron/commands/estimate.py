@@ -295,4 +295,5 @@ def options_from_arguments(arguments: Mapping[str, object], unknown: Sequence[st
         overlap_parameters=has("--overlap-param-gather"),
         overlap_tensor_parallel=has("--tp-comm-overlap"),
         optimizer_instances=arguments.get("num_distributed_optimizer_instances") or 1,
+        bucket_elements=arguments.get("ddp_bucket_size") if has("--overlap-grad-reduce") else None,
     )

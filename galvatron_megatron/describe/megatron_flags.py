@@ -206,6 +206,7 @@ FLAGS: tuple[Flag, ...] = (
     # Data parallelism.
     Flag(("--use-distributed-optimizer",), "use_distributed_optimizer", "on"),
     Flag(("--num-distributed-optimizer-instances",), "num_distributed_optimizer_instances", "int", 1),
+    Flag(("--ddp-bucket-size",), "ddp_bucket_size", "int"),
     Flag(("--overlap-grad-reduce",), "overlap_grad_reduce", "on"),
     Flag(("--overlap-param-gather",), "overlap_param_gather", "on"),
     Flag(("--use-torch-fsdp2",), "use_torch_fsdp2", "on"),
