@@ -81,9 +81,7 @@ class Attachment:
                 replacements = (
                     *replacements[:4],
                     _adopt_optimizer(training.get_megatron_optimizer),
-                    replacements[5],
-                    _describe_content(checkpointing._build_sharded_state_dict_metadata, CONTENT),
-                    replacements[7],
+                    *replacements[5:8],
                     describe_loaded(checkpointing._load_base_checkpoint, runs_alike=True),
                 )
         else:
@@ -184,8 +182,8 @@ class Attachment:
 def install(plan: Plan, args: Any) -> None:
     """Makes Megatron run a plan; called on every rank before Megatron builds the model.
 
-    A plan that Megatron's arguments reproduce is run by Megatron's own code; only the checkpoints it saves take
-    the form that every plan can load, which stock Megatron reads as well.
+    A plan that Megatron's arguments reproduce is run by Megatron's own code, which also saves its checkpoints,
+    with Megatron's option for states that every plan can load. It loads what any plan saved.
 
     Args:
         plan: the plan.
@@ -200,6 +198,8 @@ def install(plan: Plan, args: Any) -> None:
     check_supported(plan, args)
     if uses_deepspeed(plan, args):
         args.gradient_accumulation_fusion = False  # adds to buffers that ZeRO's engines do not have
+    if is_left_to_megatron(plan, args) and args.use_distributed_optimizer and _can_reshard(args):
+        args.dist_ckpt_optim_fully_reshardable = True
     args.galvatron_attached_plan = plan_to_dict(plan)  # Megatron stores its arguments in every checkpoint
     _attached = Attachment(plan, args)
 
@@ -228,7 +228,7 @@ def _let_go(model: PlannedDataParallel) -> None:
 
 
 def _adopt_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron's optimizer, with states that every plan can load."""
+    """Megatron's optimizer, which loads what every plan saves."""
 
     @wraps(original)
     def build(*args: Any, **kwargs: Any) -> Any:
@@ -248,13 +248,12 @@ def _describe_content(original: Callable[..., dict], content: dict[str, Any]) ->
 
 
 def _can_reshard(args: Any) -> bool:
-    """Whether the states of a stock job fit the form that every plan can load."""
+    """Whether the states of a stock job can have the form that every plan can load."""
     in_the_way = (
         "use_precision_aware_optimizer",
         "optimizer_cpu_offload",
         "use_megatron_fsdp",
         "use_torch_fsdp2",
-        "num_experts",
         "mtp_num_layers",
         "fp8",
         "fp4",

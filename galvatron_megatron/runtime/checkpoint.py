@@ -4,12 +4,13 @@ Stock Megatron keeps states in several forms. One knows nothing of how the job w
 distributed optimizer saves with ``--dist-ckpt-optim-fully-reshardable``. Every state tensor has the name of its
 parameter in the model's checkpoint (``optimizer.state.exp_avg.<name>``, ``optimizer.state.exp_avg_sq.<name>``,
 ``optimizer.state.param.<name>`` for the fp32 main weight) and is a piece of the whole tensor; what is not a
-tensor is saved once. That form is written here, with each layer under its own name, so that stock Megatron
-reads it as its own. Read are this form and that of Megatron's optimizer without sharding, which differs in the
-main weight's name alone.
+tensor is saved once. A job whose layers differ writes that form, with each layer under its own name; stock
+Megatron reads it as its own. A job whose layers run alike leaves saving to Megatron. Both read this form and
+that of Megatron's optimizer without sharding, which differs in the main weight's name alone.
 """
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from typing import Any
@@ -30,6 +31,7 @@ from megatron.core.optimizer.optimizer import (
     MegatronOptimizer,
     param_group_identifier_keys,
 )
+from megatron.core.utils import log_single_rank
 
 from galvatron_megatron.errors import PlanError
 from galvatron_megatron.runtime.zero_offload import step_count
@@ -49,8 +51,10 @@ Megatron stacks equal layers into one tensor with one grid of pieces, into which
 tensor-parallel degrees do not fit: ``non_homogeneous_layers`` gives each layer its own name.
 """
 
+_logger = logging.getLogger(__name__)
 _UNSHARDED = "galvatron_states_of_unsharded_optimizer"
 """In the description of a loaded checkpoint: Megatron's optimizer without sharding saved its states."""
+_SHARED_OUT = "is_expert_parallel"
 _STATES = "param_state"
 _READ = "read_by_parameter"
 _PREFIX = "optimizer.state."
@@ -60,11 +64,14 @@ _Sharded = ShardedTensor | ShardedTensorFactory
 
 
 class ReshardableOptimizer(ChainedOptimizer):
-    """Megatron's chained optimizer with states that any plan can load; steps as Megatron's does."""
+    """Megatron's chained optimizer, made to load what any plan and stock Megatron saved."""
+
+    saves_by_parameter = False
+    """Whether states are saved here: Megatron's own code cannot save those of layers that differ."""
 
     @classmethod
     def adopt(cls, optimizer: ChainedOptimizer) -> "ReshardableOptimizer":
-        """Makes a chained optimizer save its states in the reshardable form.
+        """Makes a chained optimizer load states from any plan.
 
         Args:
             optimizer: as Megatron built it.
@@ -85,8 +92,9 @@ class ReshardableOptimizer(ChainedOptimizer):
                 the job was parallel are left to Megatron.
         """
         metadata = metadata or {}
-        if is_loading and metadata.get(_FORM) != _RESHARDABLE:
-            return super().sharded_state_dict(model_sharded_state_dict, True, metadata=metadata)
+        here = metadata.get(_FORM) == _RESHARDABLE if is_loading else self.saves_by_parameter
+        if not here:
+            return super().sharded_state_dict(model_sharded_state_dict, is_loading, metadata=metadata)
         entries = _by_tensor(model_sharded_state_dict)
         states = {}
         for index, optimizer in enumerate(self.chained_optimizers):
@@ -106,6 +114,12 @@ class ReshardableOptimizer(ChainedOptimizer):
             states[f"optimizer{index}"] = {str(number): tensors for number, tensors in state.items()}
         if is_loading:
             return {_STATES: states, _READ: LocalNonpersistentObject(True)}
+        log_single_rank(
+            _logger,
+            logging.INFO,
+            "optimizer states are saved in the form of Megatron's distributed optimizer: all plans read it, "
+            "and stock Megatron does with --use-distributed-optimizer (not those of experts it shares out)",
+        )
         return {**settings_of(self), "param_state_sharding_type": _RESHARDABLE, _STATES: states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -277,7 +291,8 @@ def _take_replicated_states(optimizer: MegatronOptimizer, loaded: dict[int, dict
 
 
 def _identity(group: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(group.get(key) for key in param_group_identifier_keys)
+    """Kind of parameters: what their settings depend on, which is not whether Megatron shares experts out."""
+    return tuple(group.get(key) for key in param_group_identifier_keys if key != _SHARED_OUT)
 
 
 def _step_of(optimizer: MegatronOptimizer) -> int:
@@ -340,7 +355,8 @@ def _take_settings(optimizer: MegatronOptimizer, settings: dict[str, Any]) -> No
             continue
         if _identity(group) not in saved:
             raise PlanError(f"checkpoint: no optimizer settings for parameters of kind {_identity(group)}")
-        group.update({k: v for k, v in saved[_identity(group)].items() if k not in ("params", "step")})
+        kept = ("params", "step", _SHARED_OUT)
+        group.update({k: v for k, v in saved[_identity(group)].items() if k not in kept})
         if not isinstance(inner, torch.optim.Optimizer) or "step" in group:
             group["step"] = step
     for state in inner.state.values():

@@ -82,6 +82,8 @@ class PlannedOptimizer(ReshardableOptimizer):
     replicas without sharding count at their first rank, duplicates over tp at tp rank 0, tied embeddings once.
     """
 
+    saves_by_parameter = True
+
     def __init__(
         self,
         optimizers: list[MegatronOptimizer],
