@@ -69,7 +69,9 @@ def _nurse(orders: Connection, live: Callable[..., None]) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     try:
         # Without the CPU device back end: what it counts as a rank's memory begins where it is installed.
-        import runtime_job  # noqa: F401
+        import runtime_job
+
+        runtime_job.read_arguments()
     except BaseException:
         orders.send(traceback.format_exc())
         return

@@ -4,10 +4,10 @@ Imported on ranks only (see ``runtime_rank``). A case is a plan, model arguments
 from the same weights, which depend on nothing but the name of the parameter in a distributed checkpoint.
 """
 
+import argparse
 import functools
 import gc
 import hashlib
-import inspect
 import os
 import queue
 import signal
@@ -28,11 +28,12 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import unwrap_model
 from megatron.training import pretrain, training
 from megatron.training.argument_utils import (
+    ArgumentGroupFactory,
     gpt_config_from_args,
     hybrid_config_from_args,
     pretrain_cfg_container_from_args,
 )
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
 from runtime_cases import CLIP
 from runtime_memory import measure_at_norm
@@ -51,11 +52,21 @@ from galvatron_megatron.runtime.universal import load_universal_checkpoint
 from galvatron_megatron.runtime.zero import is_left_to_megatron
 from galvatron_megatron.runtime.zero_whole import whole_parameters
 
-# Megatron reads the source of its config classes anew for every parser it builds: a third of a short case.
-inspect.getsource = functools.cache(inspect.getsource)
+# Megatron reads and parses the source of its config classes anew for every parser it builds: a third of a short
+# case. What the fields say there is told in --help alone.
+_factory = object.__new__(ArgumentGroupFactory)
+_read_fields = ArgumentGroupFactory._get_field_docstrings
+_fields = functools.cache(lambda config: _read_fields(_factory, config))
+ArgumentGroupFactory._get_field_docstrings = lambda _, config: _fields(config)
 # What the imported packages made is never garbage; looking through it again and again is an eighth of a case.
 gc.collect()
 gc.freeze()
+
+
+def read_arguments() -> None:
+    """Reads what Megatron's command line has, once for all processes that are forked afterwards."""
+    add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+
 
 SEQUENCE = 16
 VOCABULARY = 64
