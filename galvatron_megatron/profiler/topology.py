@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from galvatron_megatron.describe.host import processor_name, software_versions
+from galvatron_megatron.describe.host import memory_bytes, processor_name, software_versions
 from galvatron_megatron.describe.profile import Provenance
 from galvatron_megatron.errors import GalvatronError
 from galvatron_megatron.profiler.clock import Clock, on_cpu
@@ -38,7 +38,7 @@ def facts_of_this_rank() -> RankFacts:
     place = namespace.readlink().name if namespace.is_symlink() else ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if on_cpu():
-        memory = _host_memory_bytes()
+        memory = memory_bytes()
         device, multiprocessors = processor_name(), cores
     else:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -160,12 +160,8 @@ def _host_speed(copied_bytes: int) -> tuple[tuple[str, float], ...]:
         start = time.perf_counter()
         far.copy_(near)
         times.append(time.perf_counter() - start)
-    found += [2 * copied_bytes / undisturbed(times)[0], float(_host_memory_bytes())]
+    found += [2 * copied_bytes / undisturbed(times)[0], float(memory_bytes())]
     return _slowest(("to_host", "from_host", "host_memory", "node_memory"), found)
-
-
-def _host_memory_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _device_speed(size: int, copied_bytes: int) -> tuple[tuple[str, float], ...]:
