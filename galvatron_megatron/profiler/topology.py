@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from galvatron_megatron.describe.host import memory_bytes, processor_name, software_versions
 from galvatron_megatron.describe.profile import Provenance
@@ -122,9 +123,10 @@ def measure_speeds(facts: list[RankFacts]) -> tuple[tuple[str, float], ...]:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Lower quartile of a few repeats, after one that is not counted."""
+    """Lower quartile of a few repeats on all ranks at once, after one that is not counted."""
     clock = Clock()
     work()
+    dist.barrier()
     times = []
     for _ in range(5):
         start = clock.mark()
@@ -156,6 +158,7 @@ def _host_speed(copied_bytes: int) -> tuple[tuple[str, float], ...]:
         copied_bytes / _seconds(lambda: device.copy_(near, non_blocking=True)),
     ]
     times = []
+    dist.barrier()
     for _ in range(3):
         start = time.perf_counter()
         far.copy_(near)

@@ -1,0 +1,24 @@
+"""How the speeds of devices and hosts are measured."""
+
+import pytest
+
+from galvatron_megatron.integration.cpu_device import CpuDevice
+from galvatron_megatron.profiler import topology
+from galvatron_megatron.profiler.fit import undisturbed
+
+
+@pytest.mark.parametrize("measure", [topology._host_speed, lambda size: topology._device_speed(16, size)])
+def test_ranks_begin_every_measurement_together(monkeypatch, measure):
+    events = []
+
+    def measured(times):
+        events.append("measured")
+        return undisturbed(times)
+
+    monkeypatch.setattr(topology.dist, "barrier", lambda: events.append("met"))
+    monkeypatch.setattr(topology, "undisturbed", measured)
+    monkeypatch.setattr(topology, "gather", lambda value: [value])
+    with CpuDevice(even_with_gpu=True):
+        speeds = dict(measure(1 << 16))
+    assert all(value > 0 for value in speeds.values())
+    assert events == ["met", "measured"] * (len(events) // 2) and len(events) >= 6
