@@ -19,14 +19,15 @@ MAY_IMPORT = {
     "cost": {"describe", "plan", "errors"},
     "search": {"cost", "describe", "plan", "errors"},
     "report": {"search", "cost", "describe", "plan", "errors"},
-    "runtime": {"plan", "errors"},
-    # The stand-ins under which Megatron's layers can be built without a GPU live with the CPU back end.
+    "device": set(),
+    "runtime": {"plan", "errors", "device"},
     # The stand-ins under which Megatron's layers can be built without a GPU live with the CPU back end.
     "profiler": {
         "cost",
         "describe",
         "plan",
         "errors",
+        "device",
         "integration.cpu_device",
         "integration.local_hybrid_spec",
     },

@@ -14,9 +14,9 @@ from megatron.core.utils import unwrap_model
 from galvatron_megatron.describe.model import Model
 from galvatron_megatron.describe.observation import FORMAT
 from galvatron_megatron.describe.profile_key import layer_digest, shape_digest
+from galvatron_megatron.device import on_cpu
 from galvatron_megatron.errors import GalvatronError
 from galvatron_megatron.integration.job_model import job_model
-from galvatron_megatron.profiler.clock import on_cpu
 from galvatron_megatron.profiler.process_group import gather
 from galvatron_megatron.profiler.switches import switches_of
 from galvatron_megatron.profiler.topology import facts_of_this_rank, provenance_of_ranks

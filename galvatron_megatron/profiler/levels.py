@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from galvatron_megatron.profiler.clock import on_cpu
+from galvatron_megatron.device import on_cpu
 
 NUMA_ROOT = Path("/sys/devices/system/node")
 PCI_ROOT = Path("/sys/bus/pci/devices")

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from galvatron_megatron.profiler.clock import on_cpu
+from galvatron_megatron.device import on_cpu
 
 
 class _StorageTracker(TorchDispatchMode):

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 
 from galvatron_megatron.describe.profile import Overlap
-from galvatron_megatron.profiler.clock import Clock, on_cpu
+from galvatron_megatron.device import on_cpu
+from galvatron_megatron.profiler.clock import Clock
 from galvatron_megatron.profiler.fit import undisturbed
 from galvatron_megatron.profiler.process_group import gather
 

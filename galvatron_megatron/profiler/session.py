@@ -25,9 +25,9 @@ from galvatron_megatron.describe.profile_store import (
     to_json,
     write_profile,
 )
+from galvatron_megatron.device import on_cpu
 from galvatron_megatron.errors import GalvatronError
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
-from galvatron_megatron.profiler.clock import on_cpu
 from galvatron_megatron.profiler.collectives import (
     GroupShape,
     Siblings,

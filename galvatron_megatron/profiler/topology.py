@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from galvatron_megatron.describe.host import memory_bytes, processor_name, software_versions
 from galvatron_megatron.describe.profile import Provenance
+from galvatron_megatron.device import on_cpu
 from galvatron_megatron.errors import GalvatronError
-from galvatron_megatron.profiler.clock import Clock, on_cpu
+from galvatron_megatron.profiler.clock import Clock
 from galvatron_megatron.profiler.fit import undisturbed
 from galvatron_megatron.profiler.process_group import gather
 

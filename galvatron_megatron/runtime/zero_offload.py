@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from galvatron_megatron.device import on_cpu
 from galvatron_megatron.errors import UnsupportedPlanError
 
 
@@ -18,7 +19,7 @@ def missing_to_step_on_host() -> str | None:
 
     Asked before the model is built, as compiling starts only after that.
     """
-    if torch.empty(0, device="cuda").device.type == "cpu":
+    if on_cpu():
         return None
     tools = {"C++ compiler": os.environ.get("CXX", "c++"), "ninja": "ninja"}
     return next((name for name, command in tools.items() if which(command) is None), None)

@@ -13,7 +13,7 @@ def test_a_device_needs_a_compiler_and_cpu_ranks_do_not(monkeypatch):
     monkeypatch.setattr(zero_offload, "which", lambda command: None if command == "ninja" else command)
     for kind, missing in (("cpu", None), ("cuda", "ninja")):
         tensor = Namespace(device=Namespace(type=kind))
-        monkeypatch.setattr(zero_offload.torch, "empty", lambda *a, t=tensor, **k: t)
+        monkeypatch.setattr(torch, "empty", lambda *a, t=tensor, **k: t)
         assert missing_to_step_on_host() == missing
 
 
