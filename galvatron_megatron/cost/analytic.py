@@ -1,24 +1,17 @@
 """The analytic cost model: prices layers from counts, a device's constants and the links of a cluster."""
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Protocol
 
 from galvatron_megatron.cost.communication import collective_seconds
 from galvatron_megatron.cost.compute import (
     BACKWARD_PHASES,
     FORWARD_PHASES,
-    PhaseSeconds,
     element_bytes,
     operator_seconds,
-    phase_seconds,
 )
-from galvatron_megatron.cost.counts import embedding_counts, head_counts, layer_counts
-from galvatron_megatron.cost.counts_values import EXPERT_GROUPS, Collective, LayerCounts
+from galvatron_megatron.cost.count_source import ClosedForms, CountSource, counted_strategy
+from galvatron_megatron.cost.counts_values import LayerCounts
 from galvatron_megatron.cost.memory import (
-    Share,
-    optimizer_traffic_bytes,
     parameter_bytes,
     parameter_shares,
     state_bytes,
@@ -29,88 +22,24 @@ from galvatron_megatron.cost.offload import (
     kept_on_device,
     link_seconds,
     link_source,
-    update_seconds,
 )
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.overlap import exposed_seconds
+from galvatron_megatron.cost.phase_work import PhaseWork, exchanges, phase_work
 from galvatron_megatron.cost.protocol import LayerCost, Setting
 from galvatron_megatron.cost.resharding import reshard_transfer
 from galvatron_megatron.cost.sharded_states import (
-    GATHER,
-    REDUCE,
-    Sent,
     micro_batch_seconds,
     sent_seconds,
     transient_bytes,
 )
-from galvatron_megatron.cost.sharding import REDUCTION, UPDATE, gathered_modules
+from galvatron_megatron.cost.sharding import gathered_modules
+from galvatron_megatron.cost.step_terms import step_terms
 from galvatron_megatron.cost.terms import PricedLayer, Term
-from galvatron_megatron.describe.cluster import GB, MICROSECOND, Cluster
+from galvatron_megatron.describe.cluster import MICROSECOND, Cluster
 from galvatron_megatron.describe.model import Layer, Model
 from galvatron_megatron.describe.profile import EMBEDDING, HEAD
-from galvatron_megatron.plan.strategy import Offload, SequenceParallel, Strategy
-
-_layer_counts = lru_cache(maxsize=16384)(layer_counts)
-"""Counts do not depend on the cluster or its constants, so that calibration counts every layer once."""
-_embedding_counts = lru_cache(maxsize=4096)(embedding_counts)
-_head_counts = lru_cache(maxsize=4096)(head_counts)
-
-
-@lru_cache(maxsize=4096)
-def _counted(strategy: Strategy) -> Strategy:
-    """What of a strategy counts depend on: data parallelism enters through the samples of a rank, and where
-    states lie changes no operator."""
-    shared_out = (strategy.expert_parallel, strategy.expert_tensor_parallel) != (1, None)
-    dp = strategy.dp if shared_out else 1
-    return replace(strategy, dp=dp, zero=0, offload=Offload.NONE)
-
-
-@dataclass(kw_only=True, frozen=True, slots=True)
-class _PhaseWork:
-    """What a forward or backward pass of one micro-batch takes before anything is sharded, seconds."""
-
-    work: PhaseSeconds
-    exchanged: float
-    """Collectives in the way of computation."""
-    hidden: float
-    """Collectives behind other work."""
-    dispatch: float
-    issued: float
-    """Host time."""
-
-
-class CountSource(Protocol):
-    """Where counts come from: closed forms, or a trace of the real layers."""
-
-    def layer(self, layer: Layer, strategy: Strategy, samples: int) -> LayerCounts:
-        """Counts of a layer; ``samples`` are those of the micro-batch on one data-parallel rank."""
-        ...
-
-    def embedding(self, base: Strategy, samples: int) -> LayerCounts:
-        """Counts of the embedding in the base layout."""
-        ...
-
-    def head(self, base: Strategy, samples: int) -> LayerCounts:
-        """Counts of final norm, output layer and loss in the base layout."""
-        ...
-
-
-class _ClosedForms:
-    """Counts without torch."""
-
-    def __init__(self, model: Model, implementation: str) -> None:
-        # Counts depend on sizes, not on how many layers there are; a short model is hashed quickly.
-        self._sizes = replace(model, layers=model.layers[:1])
-        self._implementation = implementation
-
-    def layer(self, layer: Layer, strategy: Strategy, samples: int) -> LayerCounts:
-        return _layer_counts(self._sizes, layer, _counted(strategy), samples, self._implementation)
-
-    def embedding(self, base: Strategy, samples: int) -> LayerCounts:
-        return _embedding_counts(self._sizes, _counted(base), samples, self._implementation)
-
-    def head(self, base: Strategy, samples: int) -> LayerCounts:
-        return _head_counts(self._sizes, _counted(base), samples, self._implementation)
+from galvatron_megatron.plan.strategy import SequenceParallel, Strategy
 
 
 class AnalyticCostModel:
@@ -133,10 +62,10 @@ class AnalyticCostModel:
         self.model = model
         self.cluster = cluster
         self.options = options or RunOptions()
-        self._closed = _ClosedForms(model, self.options.implementation)
+        self._closed = ClosedForms(model, self.options.implementation)
         self._counts: CountSource = counts or self._closed
         self._factors = {(flops, size, sent): factor for flops, size, sent, factor in cluster.layer_factors}
-        self._phases: dict[tuple, tuple[LayerCounts, _PhaseWork]] = {}
+        self._phases: dict[tuple, tuple[LayerCounts, PhaseWork]] = {}
         self._priced = lru_cache(maxsize=None)(self._price_layer)
         self._embedding = lru_cache(maxsize=None)(self._price_embedding)
         self._head = lru_cache(maxsize=None)(self._price_head)
@@ -242,7 +171,7 @@ class AnalyticCostModel:
             each = operator_seconds(operator, self.cluster.device, self.cluster.constants, self.model.precision)
             seconds.setdefault(operator.name, [0.0, 0.0])[side] += operator.count * each
         for side, phases in enumerate((FORWARD_PHASES, BACKWARD_PHASES)):
-            exposed, _ = self._exchanges(counts, strategy, phases)
+            exposed, _ = exchanges(counts, strategy, phases, self.cluster)
             linears = [name for name in seconds if "projection" in name or "linear" in name]
             for name in linears:
                 seconds[name][side] += exposed / len(linears)
@@ -377,7 +306,7 @@ class AnalyticCostModel:
         for name in phases:
             terms.append(Term(name=f"{name} offloading", value=fetched, source=link_source(cluster)))
             phases[name] += fetched
-        sync = self._sync_terms(counts, shares, strategy, sent, phases)
+        sync = step_terms(counts, shares, strategy, sent, phases, element, self.options, cluster)
         if copied_weight:
             size = copied_weight * element.gradient
             sync.append(
@@ -421,121 +350,19 @@ class AnalyticCostModel:
             host_bytes=host_bytes(shares, strategy, element),
         )
 
-    def _phase_work(self, counts: LayerCounts, strategy: Strategy, phases: tuple[str, ...]) -> _PhaseWork:
+    def _phase_work(self, counts: LayerCounts, strategy: Strategy, phases: tuple[str, ...]) -> PhaseWork:
         """Computation and collectives of some phases; the same for every ZeRO stage and number of
         micro-batches."""
-        key = (id(counts), _counted(strategy), phases)
+        key = (id(counts), counted_strategy(strategy), phases)
         known = self._phases.get(key)
         if known is not None:
             return known[1]
-        cluster, constants = self.cluster, self.cluster.constants
-        work = phase_seconds(counts.operators, phases, cluster.device, constants, self.model.precision)
-        exchanged, hidden = self._exchanges(counts, strategy, phases)
-        found = _PhaseWork(
-            work=work,
-            exchanged=exchanged,
-            hidden=hidden,
-            dispatch=self._dispatch(counts, strategy, phases),
-            issued=work.host + _collectives_issued(counts, phases) * constants.host_us * MICROSECOND,
-        )
+        found = phase_work(counts, strategy, phases, self.cluster, self.model.precision)
         self._phases[key] = (counts, found)  # counts are kept, so that no other object gets their id
         return found
 
     def _collective_seconds(self, kind: str, message_bytes: float, ranks: int, stride: int) -> float:
         return collective_seconds(kind, message_bytes, ranks, stride, self.cluster)
-
-    def _exchanges(
-        self, counts: LayerCounts, strategy: Strategy, phases: tuple[str, ...]
-    ) -> tuple[float, float]:
-        """Seconds of a phase's collectives: (in the way of computation, hidden behind other work).
-
-        A context-parallel ring sends while attention computes; the gather that only the weight gradient waits
-        for runs while the input gradient is computed.
-        """
-        exposed = hidden = 0.0
-        for collective in counts.collectives:
-            if collective.phase not in phases:
-                continue
-            seconds = self._collective(collective, strategy)
-            if collective.group == "cp" or collective.phase == "weight_gradient":
-                hidden += seconds
-            else:
-                exposed += seconds
-        return exposed, hidden
-
-    def _dispatch(self, counts: LayerCounts, strategy: Strategy, phases: tuple[str, ...]) -> float:
-        """Seconds in which tokens go to their experts' ranks and back: part of the exposed exchanges."""
-        return sum(
-            self._collective(collective, strategy)
-            for collective in counts.collectives
-            if collective.phase in phases and collective.group in EXPERT_GROUPS
-        )
-
-    def _collective(self, collective: Collective, strategy: Strategy) -> float:
-        """Seconds of all executions of a collective of a layer."""
-        shapes = {
-            "tp": (strategy.tp, 1),
-            "cp": (strategy.cp, strategy.tp),
-            "etp": (strategy.expert_shards, 1),
-            "ep": (strategy.expert_parallel, strategy.expert_shards),
-            "etp_ep": (strategy.expert_ranks, 1),
-        }
-        ranks, stride = shapes[collective.group]
-        seconds = collective_seconds(collective.kind, collective.bytes, ranks, stride, self.cluster)
-        return collective.count * seconds
-
-    def _sync_terms(
-        self,
-        counts: LayerCounts,
-        shares: Collection[Share],
-        strategy: Strategy,
-        sent: Sent,
-        phases: dict[str, float],
-    ) -> list[Term]:
-        """What is paid once per step: gradients, parameters, replicated gradients over tp, optimizer."""
-        cluster, constants, options = self.cluster, self.cluster.constants, self.options
-        terms = []
-        if (REDUCTION, REDUCE) in sent:
-            reduce = sent[REDUCTION, REDUCE]
-            exposed = (
-                exposed_seconds(reduce, phases["backward"], constants.overlap_slowdown)
-                if options.overlap_gradients
-                else reduce
-            )
-            terms.append(Term(name="gradient reduction", value=exposed))
-        if (UPDATE, GATHER) in sent:
-            gather = sent[UPDATE, GATHER]
-            exposed = (
-                exposed_seconds(gather, phases["forward"], constants.overlap_slowdown)
-                if options.overlap_parameters
-                else gather
-            )
-            terms.append(Term(name="parameter gathering", value=exposed))
-        if strategy.sequence_parallel is SequenceParallel.MEGATRON and counts.parameters_replicated:
-            size = counts.parameters_replicated * self._element.gradient
-            terms.append(
-                Term(
-                    name="replicated gradients over tp",
-                    value=collective_seconds("all_reduce", size, strategy.tp, 1, cluster),
-                )
-            )
-        if options.optimizer_in_step and strategy.offload is not Offload.NONE:
-            moved = host_traffic(shares, strategy, self._element)
-            terms += [
-                Term(
-                    name="offloading gradients and weights",
-                    value=link_seconds(moved.stored_per_step + moved.returned_per_step, cluster),
-                    source=link_source(cluster),
-                ),
-                Term(name="optimizer on the host", value=update_seconds(moved.updated_per_step, cluster)),
-            ]
-        elif options.optimizer_in_step:
-            traffic = sum(
-                optimizer_traffic_bytes(s.parameters, strategy.zero, s.sharding, self._element) for s in shares
-            )
-            rate = cluster.device.memory_gb_per_second * GB * constants.memory_efficiency
-            terms.append(Term(name="optimizer", value=traffic / rate))
-        return terms
 
     def _price_move(self, before: tuple, after: tuple, samples: int) -> float:
         total = samples * self.model.seq_length * self.model.hidden_size * element_bytes(self.model.precision)
@@ -547,7 +374,3 @@ class AnalyticCostModel:
             rate = link.bandwidth(transfer.group_ranks)
             seconds += transfer.fraction * total / rate + (link.base_us + link.latency_us) * MICROSECOND
         return seconds
-
-
-def _collectives_issued(counts: LayerCounts, phases: tuple[str, ...]) -> int:
-    return sum(collective.count for collective in counts.collectives if collective.phase in phases)

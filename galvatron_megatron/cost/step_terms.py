@@ -1,0 +1,83 @@
+"""What a layer costs once per step, whatever the number of micro-batches."""
+
+from collections.abc import Collection
+
+from galvatron_megatron.cost.communication import collective_seconds
+from galvatron_megatron.cost.counts_values import LayerCounts
+from galvatron_megatron.cost.memory import ElementBytes, Share, optimizer_traffic_bytes
+from galvatron_megatron.cost.offload import host_traffic, link_seconds, link_source, update_seconds
+from galvatron_megatron.cost.options import RunOptions
+from galvatron_megatron.cost.overlap import exposed_seconds
+from galvatron_megatron.cost.sharded_states import GATHER, REDUCE, Sent
+from galvatron_megatron.cost.sharding import REDUCTION, UPDATE
+from galvatron_megatron.cost.terms import Term
+from galvatron_megatron.describe.cluster import GB, Cluster
+from galvatron_megatron.plan.strategy import Offload, SequenceParallel, Strategy
+
+
+def step_terms(
+    counts: LayerCounts,
+    shares: Collection[Share],
+    strategy: Strategy,
+    sent: Sent,
+    phases: dict[str, float],
+    element: ElementBytes,
+    options: RunOptions,
+    cluster: Cluster,
+) -> list[Term]:
+    """What is paid once per step: gradients, parameters, replicated gradients over tp, optimizer.
+
+    Args:
+        counts: of one micro-batch on one rank.
+        shares: of the parameters.
+        strategy: how the layer runs.
+        sent: seconds of what sharding sends.
+        phases: seconds of the passes of one micro-batch, by name.
+        element: bytes of a parameter's states.
+        options: switches of the job.
+        cluster: devices and links.
+
+    Returns:
+        Terms in seconds.
+    """
+    constants = cluster.constants
+    terms = []
+    if (REDUCTION, REDUCE) in sent:
+        reduce = sent[REDUCTION, REDUCE]
+        exposed = (
+            exposed_seconds(reduce, phases["backward"], constants.overlap_slowdown)
+            if options.overlap_gradients
+            else reduce
+        )
+        terms.append(Term(name="gradient reduction", value=exposed))
+    if (UPDATE, GATHER) in sent:
+        gather = sent[UPDATE, GATHER]
+        exposed = (
+            exposed_seconds(gather, phases["forward"], constants.overlap_slowdown)
+            if options.overlap_parameters
+            else gather
+        )
+        terms.append(Term(name="parameter gathering", value=exposed))
+    if strategy.sequence_parallel is SequenceParallel.MEGATRON and counts.parameters_replicated:
+        size = counts.parameters_replicated * element.gradient
+        terms.append(
+            Term(
+                name="replicated gradients over tp",
+                value=collective_seconds("all_reduce", size, strategy.tp, 1, cluster),
+            )
+        )
+    if options.optimizer_in_step and strategy.offload is not Offload.NONE:
+        moved = host_traffic(shares, strategy, element)
+        terms += [
+            Term(
+                name="offloading gradients and weights",
+                value=link_seconds(moved.stored_per_step + moved.returned_per_step, cluster),
+                source=link_source(cluster),
+            ),
+            Term(name="optimizer on the host", value=update_seconds(moved.updated_per_step, cluster)),
+        ]
+    elif options.optimizer_in_step:
+        traffic = sum(optimizer_traffic_bytes(s.parameters, strategy.zero, s.sharding, element) for s in shares)
+        rate = cluster.device.memory_gb_per_second * GB * constants.memory_efficiency
+        terms.append(Term(name="optimizer", value=traffic / rate))
+    return terms
