@@ -171,8 +171,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
         from galvatron_megatron.integration import cpu_device
 
         torch.set_num_threads(1)
-        # What the nursery held when it installed the back end is not what a rank holds at its start.
-        cpu_device.install().memory.restart()
+        cpu_device.install()
         store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
     except BaseException:
         pipe.send((False, traceback.format_exc()))
