@@ -7,6 +7,7 @@ markers or name a file for results.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,8 @@ def main(words: list[str]) -> int:
     """
     if any(word.startswith(OWN_WORDS) for word in words):
         return subprocess.call([sys.executable, "-m", "pytest", *words])
+    # So that what was started is ended as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
         beside = Path(folder, "beside")
         running: list[subprocess.Popen] = []
