@@ -1,8 +1,10 @@
 """Jobs that are refused before anything is measured."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,12 +15,16 @@ SIZES = (
 PROGRAM = """
 import importlib.util, json, sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
+from profiles import FOUR_RANKS, small_model, small_profile
+from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.describe.megatron_args import parse_command_line
 from galvatron_megatron.errors import GalvatronError
 from galvatron_megatron.integration import planning
 from galvatron_megatron.integration.options import Options
 from galvatron_megatron.integration.planning import JobPlanner
+from galvatron_megatron.plan.constraints import Constraints
 
 answers = []
 for line, plan_file in json.loads(sys.argv[1]):
@@ -35,7 +41,23 @@ highest.append(planner._max_zero())
 planner.options = Options(uniform=True)
 planning.find_spec = importlib.util.find_spec
 highest.append(planner._max_zero())
-print(json.dumps([*answers, highest]))
+
+# Device memory for ZeRO 2 and 3 alone, which the runtime may refuse.
+planner.options = Options()
+planner.constraints = Constraints(tp=1, pp=1)
+planner.channel = Namespace(world_size=4)
+planner._run_options = lambda: RunOptions(implementation="local", bucket_elements=1000)
+planner.model = small_model()
+device = replace(FOUR_RANKS.device, memory_gib=36e6 / 2**30)
+found = []
+for problem in ("", "no large gradients with it"):
+    planner._runtime_problem = lambda plan: problem
+    try:
+        decision = planner._search(small_profile(planner.model), replace(FOUR_RANKS, device=device), 0.0, ())
+        found.append(max(strategy.zero for strategy in (decision.plan.base, *decision.plan.strategies)))
+    except GalvatronError as error:
+        found.append(str(error))
+print(json.dumps([*answers, highest, found]))
 """
 LINES = {
     "": "",
@@ -55,6 +77,7 @@ def answers() -> list:
         [sys.executable, "-c", PROGRAM, json.dumps(lines)],
         capture_output=True,
         text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         timeout=120,
         check=False,
     )
@@ -70,8 +93,15 @@ def test_degrees_that_are_not_measured_are_refused(answers: list, flags: str) ->
 
 
 def test_a_plan_file_may_share_out_experts(answers: list) -> None:
-    assert answers[-2] == ""
+    assert answers[-3] == ""
 
 
 def test_zero_2_and_3_need_deepspeed_and_layers_of_their_own(answers: list) -> None:
-    assert answers[-1] == [3, 1, 1]
+    assert answers[-2] == [3, 1, 1]
+
+
+def test_sharded_states_that_alone_fit_are_planned_and_a_refusal_of_theirs_is_named(answers: list) -> None:
+    zero, refused = answers[-1]
+    assert zero > 1
+    assert "nothing fits" in refused
+    assert refused.endswith("; only ZeRO 0 and 1: no large gradients with it")
