@@ -3,13 +3,22 @@
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from jobs import SIZES, SMALL, deepspeed, hand_words, run_ranks, torchrun
 
-from galvatron_megatron.errors import EXIT_CODE
+from galvatron_megatron.cost.measured import MeasuredCostModel
+from galvatron_megatron.cost.options import RunOptions
+from galvatron_megatron.describe.megatron_args import model_from_arguments, parse_command_line
+from galvatron_megatron.describe.profile_cluster import cluster_from_ranks
+from galvatron_megatron.describe.profile_store import from_json
+from galvatron_megatron.errors import EXIT_CODE, SearchError
+from galvatron_megatron.plan.constraints import Constraints
 from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
 from galvatron_megatron.plan.serialization import plan_from_dict, read_plan
+from galvatron_megatron.search.engine import search
+from galvatron_megatron.search.request import SearchRequest
 
 pytestmark = pytest.mark.distributed
 
@@ -79,6 +88,57 @@ def test_a_kept_plan_is_used_again_and_damage_costs_nothing_but_time(planned):
     # The tests below read what the job above kept.
     for path, text in before.items():
         path.write_text(text)
+
+
+def smallest_memory(costs: MeasuredCostModel, request: SearchRequest) -> int:
+    """Bytes of a device below which nothing fits."""
+    low, high = 0, 1 << 32
+    while high - low > 1 << 10:
+        middle = (low + high) // 2
+        try:
+            search(replace(request, memory_bytes=middle), costs)
+            high = middle
+        except SearchError:
+            low = middle
+    return high
+
+
+def test_what_fits_with_sharded_weights_alone_is_planned_so_and_trains(planned, tmp_path):
+    directory, *_ = planned
+    (profile_file,) = directory.glob("profile-*.json")
+    profile = from_json(profile_file.read_text(), str(profile_file))
+    fixed = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
+    bucket = 10_000
+    words = [*SIZES, *fixed, "--overlap-grad-reduce", "--ddp-bucket-size", str(bucket), "--train-iters", "4"]
+    options = RunOptions(implementation="local", overlap_gradients=True, bucket_elements=bucket)
+    cluster = cluster_from_ranks(profile)
+    model = model_from_arguments(parse_command_line(words))
+    request = SearchRequest(
+        model=model,
+        world_size=2,
+        devices_per_node=2,
+        memory_bytes=1,
+        global_batch_size=8,
+        constraints=Constraints(tp=1, pp=1),
+        allow_cp=False,
+    )
+    costs = MeasuredCostModel(model, cluster, profile, options)
+    least = [smallest_memory(costs, replace(request, max_zero=zero)) for zero in range(4)]
+    assert least[3] < least[2] < least[1] < least[0]
+    memory = ["--galvatron-memory-gb", repr((least[2] + least[3]) / 2 / 2**30)]
+    report = tmp_path / "report.json"
+    auto = ["--galvatron-auto", "--galvatron-profile-dir", str(directory), "--galvatron-report", str(report)]
+    job = run_ranks(2, [str(SMALL), *words, *auto, *memory])
+    assert job.codes == [0, 0], job.text[-3000:]
+    found = json.loads(report.read_text())
+    plan = plan_from_dict(found["plan"])
+    assert 3 in {strategy.zero for strategy in (plan.base, *plan.strategies)} and not runs_on_stock_megatron(
+        plan
+    )
+    assert max(found["memory_bytes"]) < least[2]
+    assert "galvatron: plan (searched)" in job.text
+    assert list(job.losses) == [1, 2, 3, 4] and job.losses[4] < job.losses[1]
+    assert found["measured_step_seconds"] > 0
 
 
 def test_the_deepspeed_launcher_gives_the_same_plan_and_losses(planned, tmp_path):
