@@ -21,7 +21,7 @@ from galvatron_megatron.describe.megatron_args import model_from_arguments
 from galvatron_megatron.describe.model import Model
 from galvatron_megatron.describe.model_file import read_model
 from galvatron_megatron.describe.plan_check import check_plan
-from galvatron_megatron.describe.profile_key import shape_digest
+from galvatron_megatron.describe.profile_key import measured_model
 from galvatron_megatron.describe.profile_store import check_directory, list_profiles
 from galvatron_megatron.describe.vocabulary import USUAL_SIZES, UnknownVocabularyError
 from galvatron_megatron.errors import DescriptionError, PlanError
@@ -228,12 +228,12 @@ def _costs(
         counts = _traced(arguments, model, plan) if arguments.traced else None
         return AnalyticCostModel(model, cluster, options, counts)
     directory = check_directory(arguments.profile_dir, write=False)
-    shape = shape_digest(model)
     for profile in list_profiles(directory):
-        if profile.provenance.model == shape:
-            return MeasuredCostModel(model, cluster, profile, options)
+        found = measured_model(model, profile)
+        if found is not None:
+            return MeasuredCostModel(found, cluster, profile, options)
     raise DescriptionError(
-        f"--profile-dir {directory}: no profile of model {model.name} (shape {shape}); valid: a directory "
+        f"--profile-dir {directory}: no profile of model {model.name}; valid: a directory "
         "in which galvatron profile has measured this model"
     )
 

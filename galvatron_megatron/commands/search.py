@@ -12,15 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from galvatron_megatron.commands.device_memory import usable_memory_bytes
+from galvatron_megatron.commands.search_prices import prices_of
 from galvatron_megatron.cost.analytic import AnalyticCostModel
-from galvatron_megatron.cost.galvatron_table import GalvatronCostModel
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.protocol import CostModel
-from galvatron_megatron.describe.cluster import Cluster, read_cluster
+from galvatron_megatron.describe.cluster import Cluster
 from galvatron_megatron.describe.galvatron_config import write_galvatron_config
-from galvatron_megatron.describe.galvatron_tables import read_galvatron_profile
 from galvatron_megatron.describe.model import Model
 from galvatron_megatron.describe.model_file import read_model
+from galvatron_megatron.describe.profile_store import default_directory
 from galvatron_megatron.errors import SearchError
 from galvatron_megatron.plan.checks import shown
 from galvatron_megatron.plan.constraints import Constraints
@@ -43,6 +43,8 @@ EPILOG = """\
 examples:
   galvatron search --model llama2-7b --cluster a100-80g --nodes 2 --global-batch-size 64
   galvatron search --model config.json --cluster c.yaml --global-batch-size 64 --output plan.yaml --json
+  galvatron search --model M.yaml --global-batch-size 64
+      on the ranks and at the prices that galvatron profile has measured
   galvatron search --model M.yaml --cluster C.yaml --global-batch-size 64 --show-space
   galvatron search --model M.yaml --cluster C.yaml --global-batch-size 64 --explain
 """
@@ -58,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     what = parser.add_argument_group("what to plan for")
     what.add_argument("--model", required=True, help="model file, Hugging Face config.json, or a shipped name")
-    what.add_argument("--cluster", required=True, help="cluster file, or a shipped name")
+    what.add_argument(
+        "--cluster",
+        help="cluster file, or a shipped name: prices are modelled; without it, a plan is made for the ranks "
+        "on which galvatron profile has measured this model, at measured prices",
+    )
     what.add_argument("--nodes", type=int, help="nodes, instead of what the cluster file says")
     what.add_argument("--seq-length", type=int, help="tokens of a sample, instead of what the model file says")
     what.add_argument(
@@ -68,10 +74,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--global-batch-size", required=True, metavar="B", help="samples a step, or a range FIRST:LAST[:STEP]"
     )
     what.add_argument(
-        "--galvatron-profile",
+        "--profile",
+        metavar="FINGERPRINT|FILE",
+        help="which measured profile, where the newest of the model is not meant",
+    )
+    what.add_argument(
+        "--profile-dir",
         type=Path,
         metavar="DIR",
-        help="prices from Hetu-Galvatron's profile files; without context parallelism and without tp on an "
+        help=f"the store of profiles (default: {default_directory()})",
+    )
+    what.add_argument(
+        "--galvatron-profile",
+        action="append",
+        metavar="DIR|FINGERPRINT",
+        help="prices from Hetu-Galvatron's profile files, in a directory or imported by galvatron profile; "
+        "repeatable, where machine and model are apart; without context parallelism and without tp on an "
         "unsplit sequence, which they do not hold",
     )
     limits = parser.add_argument_group("limits of the space")
@@ -141,26 +159,21 @@ def run(arguments: argparse.Namespace) -> int:
         GalvatronError: an input cannot be read, or nothing fits.
     """
     _check_targets(arguments)
-    cluster = read_cluster(arguments.cluster, nodes=arguments.nodes)
-    model = read_model(arguments.model, seq_length=arguments.seq_length)
-    _check_decisions(arguments, model)
-    request = _request(arguments, model, cluster, usable_memory_bytes(cluster, arguments.memory_gb))
-    console = terminal()
-    if arguments.show_space:
-        print_space(console, Space(request=request))
-        return 0
     options = RunOptions(
         overlap_gradients=arguments.overlap_grad_reduce,
         overlap_parameters=arguments.overlap_param_gather,
         deepspeed_zero_1=arguments.zero_backend == "deepspeed",
     )
-    cost_model: CostModel = AnalyticCostModel(model, cluster, options)
-    if arguments.galvatron_profile is not None:
-        profile = read_galvatron_profile(
-            arguments.galvatron_profile, seq_length=model.seq_length, world_size=cluster.world_size
-        )
-        cost_model = GalvatronCostModel(model, profile)
-        request = replace(request, allow_cp=False, allow_plain_tp=False, allow_expert_parallel=False)
+    model = read_model(arguments.model, seq_length=arguments.seq_length)
+    _check_decisions(arguments, model)
+    prices = prices_of(arguments, model, options)
+    model, cluster, cost_model = prices.model, prices.cluster, prices.costs
+    request = _request(arguments, model, cluster, usable_memory_bytes(cluster, arguments.memory_gb))
+    request = replace(request, **prices.limits)
+    console = terminal()
+    if arguments.show_space:
+        print_space(console, Space(request=request))
+        return 0
     note = None
     with _ProgressBar(quiet=arguments.json) as bar:
         if isinstance(cost_model, AnalyticCostModel):
@@ -171,23 +184,29 @@ def run(arguments: argparse.Namespace) -> int:
                 lambda asked: rerank(search(asked, cost_model, progress=bar.show), asked, cost_model),
             )
         else:
+            # Like --galvatron-auto, so that a search on the profile of a job finds the plan of the job.
             result = search(request, cost_model, progress=bar.show)
     if note is not None:
         print(f"galvatron: {note}", file=sys.stderr)
-    marks = Fingerprints(model=model.fingerprint(), cluster=cluster.fingerprint())
+    marks = Fingerprints(model=model.fingerprint(), cluster=cluster.fingerprint(), profile=prices.profile)
     result = replace(result, plan=replace(result.plan, fingerprints=marks))
+    lines = [line for line in (*prices.lines, prices.measured_share(result.plan)) if line]
     explanation = None
     if arguments.explain:
-        others = [] if arguments.galvatron_profile is not None else _alternatives(request, cluster, options)
+        is_modelled = isinstance(cost_model, AnalyticCostModel)
+        others = _alternatives(request, cluster, options) if is_modelled else []
         explanation = explain(request, cost_model, result, others)
     if arguments.output is not None:
         write_plan(result.plan, arguments.output)
     if arguments.galvatron_config is not None:
         write_galvatron_config(result.plan, arguments.galvatron_config)
     if arguments.json:
-        print(json.dumps(search_document(result, request, explanation), indent=2))
+        document = search_document(result, request, explanation) | {"prices": lines}
+        print(json.dumps(document, indent=2))
     else:
         print_search(console, result, request, explanation)
+        for line in lines:
+            console.print(f"prices: {line}", highlight=False, markup=False, soft_wrap=True)
         if arguments.output is not None:
             console.print(
                 f"plan written to {arguments.output}; to train under it: --galvatron-plan {arguments.output}",

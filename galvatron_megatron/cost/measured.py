@@ -102,6 +102,10 @@ class MeasuredCostModel:
         known = all(ranks == 1 or self._curves.find("all_to_all", ranks, 1) for ranks in groups)
         return "measured" if known else "modelled"
 
+    def has_optimizer(self, zero: int) -> bool:
+        """Whether an optimizer was measured that tells the time of a ZeRO stage."""
+        return self._states.has_step(Strategy(zero=zero))
+
     @property
     def send_source(self) -> str:
         """Where the price of a pipeline send comes from."""

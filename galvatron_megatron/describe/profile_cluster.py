@@ -2,6 +2,7 @@
 
 from galvatron_megatron.describe.cluster import Cluster, Constants, Device, Host, Link
 from galvatron_megatron.describe.profile import Profile
+from galvatron_megatron.errors import DescriptionError
 
 
 def cluster_from_ranks(profile: Profile, *, memory_gb: float | None = None) -> Cluster:
@@ -14,7 +15,15 @@ def cluster_from_ranks(profile: Profile, *, memory_gb: float | None = None) -> C
 
     Returns:
         A cluster whose peaks are what the device reached in a short test.
+
+    Raises:
+        DescriptionError: the profile lacks the speed of the devices.
     """
+    if not profile.speeds:
+        raise DescriptionError(
+            f"profile {profile.fingerprint()}: lacks the speed of its devices; valid: a complete profile, "
+            "galvatron profile again goes on with it"
+        )
     place = profile.provenance
     speeds = dict(profile.speeds)
     inside = _link(profile, across_nodes=False)

@@ -1,9 +1,9 @@
 """Digests of layers and model shapes under which measurements are filed."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from galvatron_megatron.describe.model import Layer, Model
-from galvatron_megatron.describe.profile import digest
+from galvatron_megatron.describe.profile import Profile, digest
 
 
 def layer_digest(layer: Layer) -> str:
@@ -20,3 +20,15 @@ def shape_digest(model: Model) -> str:
     del content["name"]
     content["layers"] = sorted({layer_digest(layer) for layer in model.layers})
     return digest(content)
+
+
+def measured_model(model: Model, profile: Profile) -> Model | None:
+    """The model as a profile measured it, or None where it measured another one.
+
+    A model file does not say which attention kernels a job runs; the profile does.
+    """
+    for fused in (model.fused_attention, not model.fused_attention):
+        found = replace(model, fused_attention=fused)
+        if shape_digest(found) == profile.provenance.model:
+            return found
+    return None

@@ -28,6 +28,17 @@ def age_of(time: str, now: datetime | None = None) -> str:
     return f"{max(seconds, 0):.0f} seconds"
 
 
+def provenance_line(profile: Profile) -> str:
+    """On what a profile was measured, when and with what."""
+    place = profile.provenance
+    software = ", ".join(f"{name} {version}" for name, version in place.software)
+    switches = f"; {place.switches}" if place.switches else ""
+    return (
+        f"profile {profile.fingerprint()}: {place.nodes} x {place.ranks_per_node} ranks on {place.device} "
+        f"({place.backend}), measured {age(profile)} ago with {software}{switches}"
+    )
+
+
 def print_list(profiles: list[Profile], console: Console) -> None:
     """One line per profile, newest first."""
     table = Table(title=None, header_style="bold")
@@ -49,15 +60,7 @@ def print_list(profiles: list[Profile], console: Console) -> None:
 
 def print_profile(profile: Profile, console: Console) -> None:
     """The whole profile, in tables."""
-    place = profile.provenance
-    console.print(
-        f"profile {profile.fingerprint()}: {place.nodes} x {place.ranks_per_node} ranks on {place.device} "
-        f"({place.backend}), measured {age(profile)} ago with "
-        + ", ".join(f"{name} {version}" for name, version in place.software)
-        + (f"; {place.switches}" if place.switches else ""),
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(provenance_line(profile), highlight=False, soft_wrap=True)
     links = Table(title="collectives", header_style="bold", title_justify="left")
     for name in ("collective", "ranks", "stride", "nodes", "siblings", "latency us", "GB/s", "fit error"):
         links.add_column(name, justify="left" if name == "collective" else "right")
