@@ -20,9 +20,11 @@ from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.runnable import ZERO_BACKENDS
 from galvatron_megatron.plan.strategy import Offload, Strategy
+from galvatron_megatron.runtime.zero_ahead import BACKWARD
 
 if TYPE_CHECKING:
     from galvatron_megatron.runtime.context import StateClass
+    from galvatron_megatron.runtime.zero_ahead import GatherAhead
     from galvatron_megatron.runtime.zero_engines import ShardedParametersEngine, ShardedStatesEngine
 
     Engine = ShardedStatesEngine | ShardedParametersEngine
@@ -123,6 +125,8 @@ class ZeroPart:
         self.ddp_config = ddp_config
         self.scale = scale
         self.engines: list[Engine] = []
+        self.ahead: GatherAhead | None = None
+        """Gathers parameters of all classes of the chunk ahead; the same in all parts with ZeRO 3."""
         self.buffers: list[Any] = []
         self.bucket_groups: list[Any] = []
         self.params_with_grad: list[torch.nn.Parameter] = []
@@ -155,11 +159,15 @@ class ZeroPart:
 
     def begin_backward(self) -> None:
         """A backward pass through the chunk starts."""
+        if self.ahead is not None:
+            self.ahead.begin(BACKWARD)
         for engine in self.engines:
             engine.begin_backward()
 
     def end_backward(self) -> None:
         """The backward pass is over."""
+        if self.ahead is not None:
+            self.ahead.end()
         for engine in self.engines:
             engine.end_backward()
 

@@ -16,6 +16,7 @@ from megatron.core.utils import unwrap_model
 
 from galvatron_megatron.plan.strategy import Offload
 from galvatron_megatron.runtime.zero import ZeroPart, import_engines
+from galvatron_megatron.runtime.zero_ahead import FORWARD, GatherAhead
 from galvatron_megatron.runtime.zero_offload import host_optimizer, step_count
 from galvatron_megatron.runtime.zero_whole import let_checkpoints_see_whole_parameters
 
@@ -241,8 +242,23 @@ def _engine(
     engine = engines.ShardedParametersEngine(
         optimizer, names, _owning_modules(model, parameters), _borrowing_modules(model, parameters), options
     )
+    part.ahead = _gather_ahead(chunk, model)
+    part.ahead.add(engine)
     let_checkpoints_see_whole_parameters(model)
     return engine
+
+
+def _gather_ahead(chunk: Any, model: torch.nn.Module) -> GatherAhead:
+    """What gathers ahead in a chunk, one for all its classes."""
+    from galvatron_megatron.runtime.layers import PlannedLayer
+
+    for part in chunk.parts.values():
+        if isinstance(part, ZeroPart) and part.ahead is not None:
+            return part.ahead
+    ahead = GatherAhead(module for module in model.modules() if isinstance(module, PlannedLayer))
+    model.register_forward_pre_hook(lambda *_: ahead.begin(FORWARD), prepend=True)
+    model.register_forward_hook(lambda *_: ahead.end())
+    return ahead
 
 
 def _bucket_elements(part: ZeroPart, parameters: list[torch.nn.Parameter]) -> int:

@@ -1,4 +1,7 @@
-"""The collectives of the runtime's ZeRO engines are those that the cost model prices, by number and bytes."""
+"""The collectives of the runtime's ZeRO engines are those that the cost model prices, by number and bytes.
+
+Gathering ahead changes when they start, and nothing else.
+"""
 
 from collections import Counter
 
@@ -14,11 +17,11 @@ from galvatron_megatron.plan.strategy import Recompute, Strategy
 
 pytestmark = pytest.mark.distributed
 
-LAYERS, HIDDEN, HEADS, WIDTH, LENGTH, SAMPLES = 2, 32, 4, 64, 8, 2
+LAYERS, HIDDEN, HEADS, WIDTH, LENGTH, SAMPLES = 3, 32, 4, 64, 8, 2
 NORM_MODULES, NORMS = 2, 2 * 2 * HIDDEN
 """Norms of a layer, and their parameters."""
 MODEL = Model(
-    name="two layers",
+    name="three layers",
     hidden_size=HIDDEN,
     seq_length=LENGTH,
     vocab_size=64,
@@ -26,15 +29,20 @@ MODEL = Model(
 )
 OPTIONS = RunOptions(implementation="local", deepspeed_zero_1=True)
 CASES = [
-    (zero, precision, recompute)
+    (zero, precision, recompute, ahead)
     for zero in (1, 2, 3)
     for precision in ("fp32", "bf16")
     for recompute in (Recompute.NONE, Recompute.FULL)
+    for ahead in ((False, True) if zero == 3 else (False,))
 ]
 
 
 def count_collectives(rank, world_size, cases, micro_batches):
-    """For every case: parameters of a layer, and what one step sends, by (when, kind): [number, bytes]."""
+    """For every case: parameters of a layer, and what one step sends, by (when, kind): [number, bytes].
+
+    Then what stage 3 gathers in the last micro-batch: how many gathers start while only the last layer of the
+    forward, and of the backward pass remains, and the most elements that are whole, or on their way, at a time.
+    """
     import os
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -47,11 +55,13 @@ def count_collectives(rank, world_size, cases, micro_batches):
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     from galvatron_megatron.runtime import zero_engines
+    from galvatron_megatron.runtime.zero_ahead import GatherAhead
 
     parallel_state.initialize_model_parallel(1)
     tensor_parallel.model_parallel_cuda_manual_seed(3)
     zero_engines.connect()
     sent, when = {}, ["build"]
+    passed, late, most_whole, parameters = [0], Counter(), [0], []
     backend = deepspeed_comm.comm.cdb
 
     def recording(kind, call):
@@ -61,6 +71,12 @@ def count_collectives(rank, world_size, cases, micro_batches):
             entry[0] += 1
             # Of a gather the output, of a reduction the input: the larger one.
             entry[1] += max(tensor.numel() * tensor.element_size() for tensor in tensors)
+            if kind == "all_gather":
+                late[when[0]] += passed[0] == LAYERS - 1
+                whole = [
+                    p for p in parameters if hasattr(p, "ds_status") and p.ds_status.name != "NOT_AVAILABLE"
+                ]
+                most_whole[0] = max(most_whole[0], sum(p.ds_numel for p in whole))
             return call(*args, **kwargs)
 
         return recorded
@@ -78,7 +94,7 @@ def count_collectives(rank, world_size, cases, micro_batches):
         setattr(backend, name, recording(kind, plain[name]))
     answers = []
     try:
-        for zero, precision, recompute in cases:
+        for zero, precision, recompute, looks_ahead in cases:
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
             config = TransformerConfig(
                 num_layers=LAYERS,
@@ -94,7 +110,7 @@ def count_collectives(rank, world_size, cases, micro_batches):
             submodules = get_gpt_layer_local_spec().submodules
             layers = [TransformerLayer(config, submodules, layer_number=n + 1) for n in range(LAYERS)]
             layers = [layer.to(dtype) for layer in layers]
-            parameters = [p for layer in layers for p in layer.parameters()]
+            parameters[:] = [p for layer in layers for p in layer.parameters()]
             size = sum(p.numel() for p in layers[0].parameters())
             engine_options = zero_engines.EngineOptions(
                 group=dist.group.WORLD,
@@ -110,11 +126,17 @@ def count_collectives(rank, world_size, cases, micro_batches):
                 if zero < 3
                 else zero_engines.ShardedParametersEngine(optimizer, names, layers, [], engine_options)
             )
+            ahead = GatherAhead(layers)
+            if looks_ahead:
+                ahead.add(engine)
             sent.clear()
+            most_whole[0] = 0
             mask = torch.tril(torch.ones((1, 1, LENGTH, LENGTH))) < 0.5
             engine.forget_gradients()
             for _ in range(micro_batches):
-                when[0] = "forward"
+                late.clear()
+                when[0], passed[0] = "forward", 0
+                ahead.begin("forward")
                 hidden = torch.randn(LENGTH, SAMPLES, HIDDEN, dtype=dtype, requires_grad=True)
                 for layer in layers:
 
@@ -122,16 +144,24 @@ def count_collectives(rank, world_size, cases, micro_batches):
                         return layer(value, attention_mask=mask)[0]
 
                     full = recompute is Recompute.FULL
+                    if passed[0]:
+                        hidden.register_hook(lambda _: passed.__setitem__(0, passed[0] + 1))
                     hidden = tensor_parallel.checkpoint(run, False, hidden) if full else run(hidden)
-                when[0] = "backward"
+                    passed[0] += 1
+                ahead.end()
+                when[0], passed[0] = "backward", 0
+                ahead.begin("backward")
                 engine.begin_backward()
                 hidden.float().square().mean().backward()
+                ahead.end()
                 engine.end_backward()
             when[0] = "reduction"
             engine.finish_accumulation()
             when[0] = "update"
             engine.apply()
-            answers.append((size, {key: tuple(value) for key, value in sent.items()}))
+            answers.append(
+                (size, {key: tuple(value) for key, value in sent.items()}, dict(late), most_whole[0])
+            )
     finally:
         for name, call in plain.items():
             setattr(backend, name, call)
@@ -142,7 +172,7 @@ def count_collectives(rank, world_size, cases, micro_batches):
 def test_what_is_sent_is_what_is_priced(ranks, micro_batches):
     counts = layer_counts(MODEL, MODEL.layers[0], Strategy(dp=2), SAMPLES, "local")
     for answers in ranks(2).run(count_collectives, CASES, micro_batches):
-        for (zero, precision, recompute), (parameters, sent) in zip(CASES, answers, strict=True):
+        for (zero, precision, recompute, _), (parameters, sent, *_) in zip(CASES, answers, strict=True):
             assert parameters == counts.parameters
             expected = Counter()
             number = Counter()
@@ -167,3 +197,21 @@ def test_what_is_sent_is_what_is_priced(ranks, micro_batches):
                 size = parameter_bytes(precision, OPTIONS).weight
                 assert expected[key] - passes * NORMS * size <= total <= expected[key], (where, key)
                 assert number[key] - passes * NORM_MODULES <= count <= number[key], (where, key)
+
+
+def test_the_next_layer_is_on_its_way_before_this_one_is_through(ranks):
+    for answers in ranks(2).run(count_collectives, CASES, 3):
+        seen = dict(zip(CASES, answers, strict=True))
+        for zero, precision, recompute, ahead in CASES:
+            if not ahead:
+                continue
+            where = f"{precision} recompute {recompute.value}"
+            parameters, sent, late, whole = seen[zero, precision, recompute, True]
+            _, sent_without, late_without, whole_without = seen[zero, precision, recompute, False]
+            assert sent == sent_without, where
+            assert late["forward"] == 0 < late_without["forward"], where
+            assert late["backward"] < late_without["backward"], where
+            if recompute is Recompute.NONE:  # else a module is gathered for computing again, and once more
+                assert late["backward"] == 0, where
+            # The price counts this layer and the next; what norms keep until the step is of no size.
+            assert whole_without < whole <= 2 * parameters + LAYERS * NORMS, where
