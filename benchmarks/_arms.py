@@ -37,11 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser, *, hidden: int) -> None:
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
 
 
-def start(ranks: int) -> dict:
-    """Starts this program again on every rank and returns what rank 0 measured."""
+def start(ranks: int, link: str | None = None) -> dict:
+    """Starts this program again on every rank and returns what rank 0 measured.
+
+    Args:
+        ranks: to start.
+        link: rate of the link between two nodes made of this machine, half the ranks in each; None: one node.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        if link is not None:
+            script = Path(__file__).parents[1] / "launch" / "two_nodes.sh"
+            launcher = ["bash", str(script), link, str(ranks // 2), sys.executable]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
         words = [*launcher, *sys.argv, "--out", str(out)]
         if subprocess.run(words, env=environment, stdout=subprocess.DEVNULL, check=False).returncode:

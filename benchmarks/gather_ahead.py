@@ -1,0 +1,94 @@
+"""Step time under ZeRO 3 with the next layer's parameters gathered ahead, against gathering at use.
+
+One small model is trained by Megatron's training step on the ranks of this machine; steps with and without
+gathering ahead take turns inside one job. With ``--link`` the machine plays two nodes joined by a link of that
+rate, half the ranks in each (needs root). Prints, for the time that passes and for the time that rank 0
+computes, the medians and the median ratio of turns.
+
+    python benchmarks/gather_ahead.py [--ranks 2] [--steps 60] [--link 1gbit]
+"""
+
+import argparse
+import statistics
+
+from _arms import Batches, MegatronArm, add_arguments, initialized, measure_in_turn, start
+
+SEQUENCE, VOCABULARY, MICRO_BATCH = 128, 512, 4
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser, hidden=256)
+    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of a step (default 2)")
+    parser.add_argument(
+        "--link", help="rate of a link between two nodes made of this machine (1gbit; needs root)"
+    )
+    return parser.parse_args()
+
+
+def measure(options: argparse.Namespace) -> None:
+    """One rank: builds the model and steps it in turn with and without gathering ahead."""
+    values = {
+        "hidden-size": options.hidden,
+        "seq-length": SEQUENCE,
+        "max-position-embeddings": SEQUENCE,
+        "vocab-size": VOCABULARY,
+        "micro-batch-size": MICRO_BATCH,
+        "global-batch-size": MICRO_BATCH * options.ranks * options.accumulation,
+        "train-iters": 2 * (options.steps + options.warm_up),
+        "lr-decay-style": "constant",
+        "weight-decay": 0.0,
+    }
+    args = initialized(values)
+
+    import torch.distributed as dist
+
+    from galvatron_megatron.plan.layer_kind import LayerKind
+    from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
+    from galvatron_megatron.plan.strategy import Strategy
+    from galvatron_megatron.runtime import attach
+
+    strategy = Strategy(dp=options.ranks, zero=3)
+    layers = (LayerPlan(kind=LayerKind.BLOCK, strategy=strategy),) * args.num_layers
+    plan = Plan(
+        pp=1,
+        micro_batch_size=MICRO_BATCH,
+        micro_batches=options.accumulation,
+        base=strategy,
+        stages=(StagePlan(layers=layers),),
+    )
+    attach.install(plan, args)
+    arm = MegatronArm(args)
+    batches = Batches(args, options.ranks, dist.get_rank())
+    (ahead,) = {part.ahead for chunk in arm.model for part in chunk.parts.values()}
+
+    def step(number: int, *, enabled: bool) -> float:
+        ahead.enabled = enabled
+        return arm.step(batches, number)
+
+    measure_in_turn(
+        {
+            "at use": lambda number: step(number, enabled=False),
+            "ahead": lambda number: step(number, enabled=True),
+        },
+        options,
+    )
+
+
+def main() -> None:
+    options = parse()
+    if options.out is not None:
+        measure(options)
+        return
+    result = start(options.ranks, options.link)
+    where = f"a link of {options.link}" if options.link else "one node"
+    print(f"ZeRO 3, {options.ranks} ranks, {where}, {options.steps} steps of each arm in turn")
+    for key, label in (("seconds", "wall"), ("cpu_seconds", "CPU ")):
+        for name, values in result[key].items():
+            ratios = [value / base for value, base in zip(values, result[key]["at use"], strict=True)]
+            milliseconds, ratio = statistics.median(values) * 1e3, statistics.median(ratios)
+            print(f"  {name:8s} {label} median {milliseconds:8.2f} ms  median ratio of turns {ratio:.4f}")
+
+
+if __name__ == "__main__":
+    main()
