@@ -86,11 +86,13 @@ class Attachment:
                 )
         else:
             streams = SavedStreams(plan, lambda: self.context.streams)
+            # One class under both names: the training loop asks whether what the other one built is of its own.
+            data_parallel = self._data_parallel_class()
             replacements = (
                 self._hook_gpt(GPTModel.__init__),
                 self._hook_hybrid(HybridModel.__init__),
-                self._data_parallel_class(),
-                self._data_parallel_class(),
+                data_parallel,
+                data_parallel,
                 self._build_optimizer,
                 streams.hook_load(training.load_checkpoint),
                 _describe_content(

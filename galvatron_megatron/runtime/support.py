@@ -65,10 +65,21 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
     ("dump_param_to_param_group_map", bool, "dumping parameter groups", "leave it out"),
     ("init_model_with_meta_device", bool, "initialisation on the meta device", "leave it out"),
     ("recompute_granularity", bool, "recomputation for all layers", "recompute in the plan's strategies"),
+    ("moe_layer_recompute", bool, "recomputation for all layers", "recompute in the plan's strategies"),
+    ("te_rng_tracker", bool, "Transformer Engine's random streams", "no --te-rng-tracker"),
+    ("use_transformer_engine_op_fuser", bool, "fused Transformer Engine operators", "leave it out"),
+    ("inprocess_restart", bool, "restarting in the process", "no --inprocess-restart"),
+    ("position_embedding_type", lambda v: v == "mrope", "positions per sample", "rope, learned_absolute, none"),
     ("heterogeneous_layers_config_path", bool, "heterogeneous layer configs", "leave it out"),
     ("experimental_attention_variant", bool, "experimental attention", "leave it out"),
     ("window_size", bool, "sliding-window attention", "leave it out"),
     ("ckpt_format", lambda v: v != "torch_dist", "this checkpoint format", "--ckpt-format torch_dist"),
+    (
+        "distrib_optim_fully_reshardable_mem_efficient",
+        bool,
+        "gathering states piece by piece",
+        "no --distrib-optim-fully-reshardable-mem-efficient",
+    ),
     ("non_persistent_ckpt_type", lambda v: v == "local", "local checkpoints", "global"),
     ("delay_wgrad_compute", bool, "delayed weight gradients", "no --delay-wgrad-compute"),
     ("nccl_ub", bool, "NCCL user buffers", "no --use-nccl-ub"),
@@ -105,6 +116,12 @@ def check_supported(plan: Plan, args: Any) -> None:
             "valid: such a release, or a plan in which all layers run alike"
         )
     _check_arguments(args)
+    evaluated = getattr(args, "eval_micro_batch_size", None)
+    if evaluated is not None and evaluated != args.micro_batch_size:
+        raise UnsupportedPlanError(
+            f"--eval-micro-batch-size {evaluated}: layers that differ share micro-batches of one size; "
+            f"valid: {args.micro_batch_size}, or leave it out"
+        )
     problem = execution_problem(plan)
     if problem is not None:
         raise UnsupportedPlanError(problem)

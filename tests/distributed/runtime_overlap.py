@@ -32,6 +32,8 @@ def watch_resharding(seen: list[dict[str, Any]], chunks: list[Any]) -> Callable[
             ]
             seen.append(
                 {
+                    # Megatron's training loop must have found its own kind of wrapper.
+                    "held_back": chunks[0].module.config.no_sync_func is not None,
                     "backward": arguments[1] == self.target,
                     "reduced": sum(group.grad_reduce_handle is not None for group in buckets),
                     "gathered": sum(group.param_gather_handle is not None for group in buckets),

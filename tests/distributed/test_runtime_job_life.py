@@ -79,6 +79,7 @@ def test_reductions_and_gathers_of_neighbours_are_under_way_while_activations_mo
     late = {**made, "mutation": "late_gathers"}
     for seen, mistaken in zip(ranks(4).run(train, made), ranks(4).run(train, late), strict=True):
         moves = seen["exchanges"]
+        assert all(move["held_back"] for move in moves)
         assert any(move["backward"] and move["reduced"] for move in moves)
         assert any(not move["backward"] and move["gathered"] for move in moves)
         assert not any(move["gathered"] for move in mistaken["exchanges"])

@@ -55,6 +55,11 @@ def test_a_plan_of_stock_megatron_is_not_questioned():
     ("name", "value"),
     [
         ("context_parallel_size", 2),
+        ("eval_micro_batch_size", 1),
+        ("distrib_optim_fully_reshardable_mem_efficient", True),
+        ("moe_layer_recompute", True),
+        ("te_rng_tracker", True),
+        ("position_embedding_type", "mrope"),
         ("moe_router_load_balancing_type", "sinkhorn"),
         ("moe_router_load_balancing_type", ["aux_loss", "global_aux_loss"]),
         ("moe_router_enable_expert_bias", True),
