@@ -9,7 +9,8 @@ from rich.console import Console
 
 from galvatron_megatron.commands.device_memory import usable_memory_bytes
 from galvatron_megatron.commands.plan_file import read_plan_file
-from galvatron_megatron.cost.analytic import AnalyticCostModel, CountSource
+from galvatron_megatron.cost.analytic import AnalyticCostModel
+from galvatron_megatron.cost.count_source import CountSource
 from galvatron_megatron.cost.estimate import Estimate, TermCostModel, estimate_plan, simulate_estimate
 from galvatron_megatron.cost.measured import MeasuredCostModel
 from galvatron_megatron.cost.options import RunOptions

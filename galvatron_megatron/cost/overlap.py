@@ -32,3 +32,15 @@ def exposed_seconds(communication: float, computation: float, slowdown: float) -
         Seconds on top of ``computation``.
     """
     return overlapped_seconds(computation, communication, slowdown) - computation
+
+
+def added_seconds(communication: float, computation: float, slowdown: float, *, overlaps: bool) -> float:
+    """Time that communication adds to computation, whether or not the job lets them overlap.
+
+    Args:
+        communication: seconds alone.
+        computation: seconds of the work that can hide it.
+        slowdown: factor >= 1, see :func:`overlapped_seconds`.
+        overlaps: the job overlaps them.
+    """
+    return exposed_seconds(communication, computation, slowdown) if overlaps else communication

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from galvatron_megatron.cost.memory import ElementBytes, Share
 from galvatron_megatron.cost.options import RunOptions
-from galvatron_megatron.cost.overlap import exposed_seconds
+from galvatron_megatron.cost.overlap import added_seconds
 from galvatron_megatron.cost.sharding import BACKWARD, FORWARD, bucket_elements, sharding_collectives
 from galvatron_megatron.plan.strategy import Offload, Strategy
 
@@ -87,11 +87,9 @@ def micro_batch_seconds(
         slowdown: of computation and communication while both run.
     """
     gather, reduce = sent.get((phase, GATHER), 0.0), sent.get((phase, REDUCE), 0.0)
-    if options.overlap_parameters:
-        gather = exposed_seconds(gather, computing_seconds, slowdown)
-    if options.overlap_gradients:
-        reduce = exposed_seconds(reduce, computing_seconds, slowdown)
-    return gather + reduce
+    return added_seconds(
+        gather, computing_seconds, slowdown, overlaps=options.overlap_parameters
+    ) + added_seconds(reduce, computing_seconds, slowdown, overlaps=options.overlap_gradients)
 
 
 def is_sent_every_micro_batch(when: str) -> bool:

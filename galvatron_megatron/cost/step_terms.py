@@ -7,7 +7,7 @@ from galvatron_megatron.cost.counts_values import LayerCounts
 from galvatron_megatron.cost.memory import ElementBytes, Share, optimizer_traffic_bytes
 from galvatron_megatron.cost.offload import host_traffic, link_seconds, link_source, update_seconds
 from galvatron_megatron.cost.options import RunOptions
-from galvatron_megatron.cost.overlap import exposed_seconds
+from galvatron_megatron.cost.overlap import added_seconds
 from galvatron_megatron.cost.sharded_states import GATHER, REDUCE, Sent
 from galvatron_megatron.cost.sharding import REDUCTION, UPDATE
 from galvatron_megatron.cost.terms import Term
@@ -42,22 +42,13 @@ def step_terms(
     """
     constants = cluster.constants
     terms = []
-    if (REDUCTION, REDUCE) in sent:
-        reduce = sent[REDUCTION, REDUCE]
-        exposed = (
-            exposed_seconds(reduce, phases["backward"], constants.overlap_slowdown)
-            if options.overlap_gradients
-            else reduce
-        )
-        terms.append(Term(name="gradient reduction", value=exposed))
-    if (UPDATE, GATHER) in sent:
-        gather = sent[UPDATE, GATHER]
-        exposed = (
-            exposed_seconds(gather, phases["forward"], constants.overlap_slowdown)
-            if options.overlap_parameters
-            else gather
-        )
-        terms.append(Term(name="parameter gathering", value=exposed))
+    for what, name, phase, overlaps in (
+        ((REDUCTION, REDUCE), "gradient reduction", "backward", options.overlap_gradients),
+        ((UPDATE, GATHER), "parameter gathering", "forward", options.overlap_parameters),
+    ):
+        if what in sent:
+            added = added_seconds(sent[what], phases[phase], constants.overlap_slowdown, overlaps=overlaps)
+            terms.append(Term(name=name, value=added))
     if strategy.sequence_parallel is SequenceParallel.MEGATRON and counts.parameters_replicated:
         size = counts.parameters_replicated * element.gradient
         terms.append(
