@@ -37,6 +37,55 @@ def add_arguments(parser: argparse.ArgumentParser, *, hidden: int) -> None:
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
 
 
+def add_accumulation(parser: argparse.ArgumentParser) -> None:
+    """Adds the number of micro-batches."""
+    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of a step (default 2)")
+
+
+def replicated_values(
+    options: argparse.Namespace, *, sequence: int, vocabulary: int, micro_batch: int, iterations: int
+) -> dict[str, object]:
+    """Megatron's arguments of a job in which every rank has a replica, beside ``SMALL_MODEL``.
+
+    Args:
+        options: of the command line, ``--accumulation`` among them.
+        sequence: tokens of a sample.
+        vocabulary: words.
+        micro_batch: samples of a micro-batch.
+        iterations: steps that the job has at most.
+    """
+    return {
+        "hidden-size": options.hidden,
+        "seq-length": sequence,
+        "max-position-embeddings": sequence,
+        "vocab-size": vocabulary,
+        "micro-batch-size": micro_batch,
+        "global-batch-size": micro_batch * options.ranks * options.accumulation,
+        "train-iters": iterations,
+        "lr-decay-style": "constant",
+        "weight-decay": 0.0,
+    }
+
+
+def uniform_plan(strategy: Any, args: argparse.Namespace) -> Any:
+    """The plan that runs every layer alike, for Megatron's arguments.
+
+    Args:
+        strategy: of the layers and of the base layout.
+        args: Megatron's arguments.
+    """
+    from galvatron_megatron.plan.layer_kind import LayerKind
+    from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
+
+    return Plan(
+        pp=1,
+        micro_batch_size=args.micro_batch_size,
+        micro_batches=args.global_batch_size // args.micro_batch_size // strategy.dp,
+        base=strategy,
+        stages=(StagePlan(layers=(LayerPlan(kind=LayerKind.BLOCK, strategy=strategy),) * args.num_layers),),
+    )
+
+
 def start(ranks: int, link: str | None = None) -> dict:
     """Starts this program again on every rank and returns what rank 0 measured.
 

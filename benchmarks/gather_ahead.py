@@ -11,7 +11,17 @@ computes, the medians and the median ratio of turns.
 import argparse
 import statistics
 
-from _arms import Batches, MegatronArm, add_arguments, initialized, measure_in_turn, start
+from _arms import (
+    Batches,
+    MegatronArm,
+    add_accumulation,
+    add_arguments,
+    initialized,
+    measure_in_turn,
+    replicated_values,
+    start,
+    uniform_plan,
+)
 
 SEQUENCE, VOCABULARY, MICRO_BATCH = 128, 512, 4
 
@@ -19,7 +29,7 @@ SEQUENCE, VOCABULARY, MICRO_BATCH = 128, 512, 4
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser, hidden=256)
-    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of a step (default 2)")
+    add_accumulation(parser)
     parser.add_argument(
         "--link", help="rate of a link between two nodes made of this machine (1gbit; needs root)"
     )
@@ -28,36 +38,22 @@ def parse() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> None:
     """One rank: builds the model and steps it in turn with and without gathering ahead."""
-    values = {
-        "hidden-size": options.hidden,
-        "seq-length": SEQUENCE,
-        "max-position-embeddings": SEQUENCE,
-        "vocab-size": VOCABULARY,
-        "micro-batch-size": MICRO_BATCH,
-        "global-batch-size": MICRO_BATCH * options.ranks * options.accumulation,
-        "train-iters": 2 * (options.steps + options.warm_up),
-        "lr-decay-style": "constant",
-        "weight-decay": 0.0,
-    }
+    values = replicated_values(
+        options,
+        sequence=SEQUENCE,
+        vocabulary=VOCABULARY,
+        micro_batch=MICRO_BATCH,
+        iterations=2 * (options.steps + options.warm_up),
+    )
     args = initialized(values)
 
     import torch.distributed as dist
 
-    from galvatron_megatron.plan.layer_kind import LayerKind
-    from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
     from galvatron_megatron.plan.strategy import Strategy
     from galvatron_megatron.runtime import attach
 
     strategy = Strategy(dp=options.ranks, zero=3)
-    layers = (LayerPlan(kind=LayerKind.BLOCK, strategy=strategy),) * args.num_layers
-    plan = Plan(
-        pp=1,
-        micro_batch_size=MICRO_BATCH,
-        micro_batches=options.accumulation,
-        base=strategy,
-        stages=(StagePlan(layers=layers),),
-    )
-    attach.install(plan, args)
+    attach.install(uniform_plan(strategy, args), args)
     arm = MegatronArm(args)
     batches = Batches(args, options.ranks, dist.get_rank())
     (ahead,) = {part.ahead for chunk in arm.model for part in chunk.parts.values()}

@@ -17,7 +17,7 @@ import argparse
 import statistics
 from functools import partial
 
-from _arms import Batches, MegatronArm, add_arguments, initialized, measure_in_turn, start
+from _arms import Batches, MegatronArm, add_arguments, initialized, measure_in_turn, start, uniform_plan
 
 
 def parse() -> argparse.Namespace:
@@ -43,19 +43,11 @@ def measure(options: argparse.Namespace) -> None:
 
     import torch
 
-    from galvatron_megatron.plan.layer_kind import LayerKind
-    from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
     from galvatron_megatron.plan.strategy import Strategy
     from galvatron_megatron.runtime import attach
 
     strategy = Strategy(tp=options.tp, dp=options.ranks // options.tp)
-    plan = Plan(
-        pp=1,
-        micro_batch_size=args.micro_batch_size,
-        micro_batches=args.global_batch_size // args.micro_batch_size // strategy.dp,
-        base=strategy,
-        stages=(StagePlan(layers=(LayerPlan(kind=LayerKind.BLOCK, strategy=strategy),) * args.num_layers),),
-    )
+    plan = uniform_plan(strategy, args)
 
     def arm() -> MegatronArm:
         torch.manual_seed(7)

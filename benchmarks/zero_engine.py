@@ -16,7 +16,17 @@ import argparse
 import statistics
 from functools import partial
 
-from _arms import Batches, MegatronArm, add_arguments, initialized, measure_in_turn, start
+from _arms import (
+    Batches,
+    MegatronArm,
+    add_accumulation,
+    add_arguments,
+    initialized,
+    measure_in_turn,
+    replicated_values,
+    start,
+    uniform_plan,
+)
 
 SEQUENCE, VOCABULARY, MICRO_BATCH = 64, 512, 2
 
@@ -25,23 +35,19 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser, hidden=256)
     parser.add_argument("--stage", type=int, default=2, choices=(1, 2, 3), help="ZeRO stage (default 2)")
-    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of a step (default 2)")
+    add_accumulation(parser)
     return parser.parse_args()
 
 
 def measure(options: argparse.Namespace) -> None:
     """One rank: builds both arms and steps them in turn."""
-    values = {
-        "hidden-size": options.hidden,
-        "seq-length": SEQUENCE,
-        "max-position-embeddings": SEQUENCE,
-        "vocab-size": VOCABULARY,
-        "micro-batch-size": MICRO_BATCH,
-        "global-batch-size": MICRO_BATCH * options.ranks * options.accumulation,
-        "train-iters": options.steps + options.warm_up,
-        "lr-decay-style": "constant",
-        "weight-decay": 0.0,
-    }
+    values = replicated_values(
+        options,
+        sequence=SEQUENCE,
+        vocabulary=VOCABULARY,
+        micro_batch=MICRO_BATCH,
+        iterations=options.steps + options.warm_up,
+    )
     args = initialized(values, *(["--use-distributed-optimizer"] if options.stage == 1 else []))
 
     import torch
@@ -51,8 +57,6 @@ def measure(options: argparse.Namespace) -> None:
     from megatron.core.utils import unwrap_model
     from megatron.training.arguments import core_transformer_config_from_args
 
-    from galvatron_megatron.plan.layer_kind import LayerKind
-    from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
     from galvatron_megatron.plan.strategy import Strategy
     from galvatron_megatron.runtime import attach
     from galvatron_megatron.runtime.zero import import_engines
@@ -60,15 +64,7 @@ def measure(options: argparse.Namespace) -> None:
 
     args.galvatron_zero_backend = "deepspeed"
     strategy = Strategy(dp=options.ranks, zero=options.stage)
-    layers = (LayerPlan(kind=LayerKind.BLOCK, strategy=strategy),) * args.num_layers
-    plan = Plan(
-        pp=1,
-        micro_batch_size=MICRO_BATCH,
-        micro_batches=options.accumulation,
-        base=strategy,
-        stages=(StagePlan(layers=layers),),
-    )
-    attach.install(plan, args)
+    attach.install(uniform_plan(strategy, args), args)
     runtime = MegatronArm(args)
     sharded = unwrap_model(runtime.model[0])
     with whole_parameters([sharded]):
