@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 from galvatron_megatron.describe.profile import CollectiveCurve
+from galvatron_megatron.describe.typical import typical
 from galvatron_megatron.profiler.clock import Clock
-from galvatron_megatron.profiler.fit import latency_bandwidth, typical, uncertainty
+from galvatron_megatron.profiler.fit import latency_bandwidth, uncertainty
 from galvatron_megatron.profiler.process_group import answer_timeout, gather
 
 SMALLEST_BYTES = 1 << 10

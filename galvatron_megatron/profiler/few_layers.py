@@ -169,8 +169,7 @@ class FewLayers:
     @property
     def final_norm(self) -> torch.nn.Module:
         """The norm behind the last layer; in the profile it belongs to the head."""
-        decoder = self.module.decoder
-        return decoder.final_layernorm if hasattr(decoder, "final_layernorm") else decoder.final_norm
+        return last_norm(self.module.decoder)
 
     def optimizer(self) -> Any:
         """Megatron's optimizer for the model."""
@@ -182,6 +181,12 @@ class FewLayers:
             return get_megatron_optimizer(
                 config, [self.ddp], config_overrides=overrides, use_gloo_process_groups=False
             )
+
+
+def last_norm(decoder: torch.nn.Module) -> torch.nn.Module | None:
+    """The norm behind the last layer of a GPTModel's or a HybridModel's decoder; None where it has none."""
+    name = "final_layernorm" if hasattr(decoder, "final_layernorm") else "final_norm"
+    return getattr(decoder, name, None)
 
 
 def build(arguments: Namespace, layers: int) -> FewLayers:

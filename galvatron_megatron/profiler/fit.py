@@ -19,29 +19,8 @@ def undisturbed(samples: Sequence[float]) -> tuple[float, float]:
     return float(low), float((high - low) / low) if low > 0 else 0.0
 
 
-def typical(samples: Sequence[float]) -> tuple[float, float]:
-    """What one of many calls takes on average, whose sum a step is: the mean of the middle half.
-
-    Over a link one call may take twice another's time with nothing wrong. The least of them is then no
-    prediction of their sum; the outer quarters are left out for what disturbances do to a mean.
-
-    Args:
-        samples: at least one positive number. Of two it is their mean.
-
-    Returns:
-        The interquartile mean and the interquartile range relative to it.
-    """
-    values = np.sort(np.asarray(samples, dtype=float))
-    # Samples on the border of the middle half count with the part of them that lies inside.
-    edges = np.arange(len(values) + 1) / len(values)
-    inside = np.clip(np.minimum(edges[1:], 0.75) - np.maximum(edges[:-1], 0.25), 0, None)
-    middle = float(values @ inside / inside.sum())
-    low, high = np.percentile(values, [25, 75])
-    return middle, float((high - low) / middle) if middle > 0 else 0.0
-
-
 def uncertainty(spread: float, count: int) -> float:
-    """Relative standard error of :func:`typical`, as for a normal distribution.
+    """Relative standard error of ``describe.typical.typical``, as for a normal distribution.
 
     The interquartile range is then 1.35 standard deviations, and the mean of the middle half varies 1.09 times
     as much as the mean of all (a test draws samples and compares).

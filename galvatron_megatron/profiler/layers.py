@@ -11,10 +11,11 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import custom_backward
 
 from galvatron_megatron.describe.profile import EMBEDDING, HEAD, PartPoint
+from galvatron_megatron.describe.typical import typical
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
 from galvatron_megatron.profiler.clock import Clock
 from galvatron_megatron.profiler.few_layers import FewLayers, out_of_memory, refusal
-from galvatron_megatron.profiler.fit import typical, uncertainty
+from galvatron_megatron.profiler.fit import uncertainty
 from galvatron_megatron.profiler.memory import MemoryMeter
 from galvatron_megatron.profiler.process_group import gather
 

@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 
 from galvatron_megatron.describe.profile import StepPoint
+from galvatron_megatron.describe.typical import typical
 from galvatron_megatron.errors import GalvatronError
 from galvatron_megatron.profiler.clock import Clock
 from galvatron_megatron.profiler.few_layers import FewLayers
-from galvatron_megatron.profiler.fit import typical
 
 
 def measure_step(few: FewLayers, *, zero: int, repeats: int = 6) -> StepPoint:

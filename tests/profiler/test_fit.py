@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galvatron_megatron.profiler.fit import latency_bandwidth, typical, uncertainty, undisturbed
+from galvatron_megatron.describe.typical import typical
+from galvatron_megatron.profiler.fit import latency_bandwidth, uncertainty, undisturbed
 
 SIZES = [1 << k for k in range(10, 27, 3)]
 
