@@ -91,10 +91,10 @@ def _with_device(original: Callable[..., Any]) -> Callable[..., Any]:
     def parse_args(extra_args_provider: Any = None, *args: Any, **kwargs: Any) -> Namespace:
         with one_line_errors():
             adopt_environment()
-        with _errors_of_rank_zero_only():
+        with errors_of_rank_zero_only():
             check_flag_names(sys.argv[1:])
         parsed = original(accepting_local_rank(extra_args_provider), *args, **kwargs)
-        with _errors_of_rank_zero_only():
+        with errors_of_rank_zero_only():
             options = Options.from_arguments(parsed)
             _prepare_device(options, parsed)
         return parsed
@@ -103,7 +103,7 @@ def _with_device(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _errors_of_rank_zero_only() -> Iterator[None]:
+def errors_of_rank_zero_only() -> Iterator[None]:
     """For checks that every rank makes alike, on the command line alone: one rank is enough to say it."""
     from galvatron_megatron.integration.channel import ToldByRankZeroError
 
@@ -178,7 +178,7 @@ def _observation(options: Options, args: Namespace, defaults: dict[str, Any]) ->
         return lambda validated: None
     from galvatron_megatron.integration.observation import Observation
 
-    with _errors_of_rank_zero_only():
+    with errors_of_rank_zero_only():
         observation = Observation(args, defaults, options.observe)
 
     def install(validated: Namespace) -> None:

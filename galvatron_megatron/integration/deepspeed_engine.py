@@ -12,6 +12,7 @@ The training loop is the user's, without a pipeline: Megatron's schedules expect
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,9 @@ def initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, config:
             "valid: pp 1, or train with --galvatron-plan"
         )
     sum_replicated_gradients(model)
+    # DeepSpeed saves it with every checkpoint, and its ds_to_universal asks for it.
+    model.universal_checkpoint_info = universal_checkpoint_info(model)
+    model.register_state_dict_post_hook(_tensors_alone)
     content = dict(config) if isinstance(config, dict) else json.loads(Path(config).read_text())
     if dist.get_backend() == "gloo" and "zero_optimization" in content:
         # CPU ranks have no second stream to overlap communication on.
@@ -159,6 +163,40 @@ def initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, config:
         dist_init_required=False,
     )
     return engine
+
+
+def universal_checkpoint_info(model: torch.nn.Module) -> dict[str, Any]:
+    """How tensors are put together from those of tensor-parallel ranks, in the words of ``ds_to_universal``.
+
+    Everything is said by name, for this model; the vocabulary keeps its padding.
+
+    Args:
+        model: of Megatron-core, whose linear layers and embeddings mark their weights.
+    """
+    from deepspeed.checkpoint import constants
+
+    copies, rows, gated = [], [], []
+    for name, weight in model.named_parameters():
+        pattern = f"{re.escape(name)}$"
+        if not getattr(weight, "tensor_model_parallel", False):
+            copies.append(pattern)
+        elif weight.partition_dim == 1:
+            rows.append(pattern)
+        elif weight.partition_stride == 2:
+            # Each rank holds its part of the gate, then its part of what is gated.
+            gated.append(pattern)
+    return {
+        constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+        constants.TP_REPLICATED_PARAMETER_PATTERNS: copies,
+        constants.PARAMETER_WITH_ROW_PARALLELISM_PATTERNS: rows,
+        constants.PARAMETER_WITH_2_SUB_PARAMS_CAT_DIM_0: gated,
+    }
+
+
+def _tensors_alone(module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Leaves out Megatron's empty extra states, for which ``ds_to_universal`` fails; loading needs none."""
+    for name in [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
+        del state[name]
 
 
 def sum_replicated_gradients(model: torch.nn.Module) -> int:

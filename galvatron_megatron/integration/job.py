@@ -4,6 +4,9 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from galvatron_megatron.integration.planning import JobPlanner
 from galvatron_megatron.integration.presentation import plan_lines
 from galvatron_megatron.plan.megatron_arguments import command_line, runs_on_stock_megatron
 from galvatron_megatron.plan.serialization import write_plan
+from galvatron_megatron.runtime.universal_files import UniversalCheckpoint
 from galvatron_megatron.runtime.zero import is_left_to_megatron
 
 
@@ -55,6 +59,9 @@ class PlannedJob:
         warning = self._channel.share(lambda: check_dependencies(args))
         if warning and args.rank == 0:
             print(f"galvatron: {warning}", file=sys.stderr, flush=True)
+        if options.load_universal is not None:
+            # Before anything is measured for a job that could not go on.
+            self._channel.share(lambda: UniversalCheckpoint(options.load_universal).iteration() and None)
         # Every rank reads the same command line; rank 0 is the one to complain about it.
         made: list[JobPlanner] = []
         self._channel.share(lambda: made.append(self._planner()))
@@ -82,7 +89,8 @@ class PlannedJob:
             GalvatronError: the plan cannot run here.
         """
         # Also a plan that Megatron runs by itself: what it saves must load under the plan of a later job.
-        if not is_left_to_megatron(self.decision.plan, args) or args.save or args.load:
+        universal = self._options.load_universal
+        if not is_left_to_megatron(self.decision.plan, args) or args.save or args.load or universal:
             from galvatron_megatron.runtime import attach
 
             self._channel.share(lambda: attach.check_supported(self.decision.plan, args))
@@ -94,6 +102,8 @@ class PlannedJob:
             torch.cuda.reset_peak_memory_stats()
         from megatron.training import training
 
+        if universal is not None:
+            go_on_from(universal, training, args)
         Measurement(self.decision, self._channel, args.train_iters, self._options.report).install(training)
 
     def _planner(self) -> JobPlanner:
@@ -104,3 +114,27 @@ class PlannedJob:
     def _save(self) -> None:
         if self._options.save_plan is not None:
             write_plan(self.decision.plan, self._options.save_plan)
+
+
+def go_on_from(universal: Path, training: ModuleType, args: Namespace) -> None:
+    """Makes Megatron read a universal checkpoint as soon as it has built model and optimizer.
+
+    What is wrong with it ends the job with one line.
+
+    Args:
+        universal: folder of the checkpoint.
+        training: ``megatron.training.training``.
+        args: Megatron's validated arguments.
+    """
+    # That module imports this one, as late as it can.
+    from galvatron_megatron.integration.arguments import errors_of_rank_zero_only
+    from galvatron_megatron.runtime.universal import SEAM, reading_universal
+
+    build = reading_universal(getattr(training, SEAM), universal, args)
+
+    @wraps(build)
+    def built(*given: Any, **named: Any) -> tuple:
+        with errors_of_rank_zero_only():
+            return build(*given, **named)
+
+    setattr(training, SEAM, built)

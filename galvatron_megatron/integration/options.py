@@ -65,6 +65,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "file per rank; galvatron calibrate merges them into the profile that the next search prices with.",
     )
     group.add_argument(
+        "--galvatron-load-universal",
+        metavar="DIRECTORY",
+        help="Go on from DeepSpeed's universal checkpoint in DIRECTORY (the output of ds_to_universal), "
+        "instead of from Megatron's own by --load. With a plan.",
+    )
+    group.add_argument(
         "--galvatron-zero-backend",
         metavar="NAME",
         default=ZERO_BACKENDS[0],
@@ -118,6 +124,8 @@ class Options:
     report: Path | None = None
     observe: Path | None = None
     """Directory for what layers take while the job trains."""
+    load_universal: Path | None = None
+    """DeepSpeed's universal checkpoint from which the job goes on."""
     device: str = "cuda"
     ignore_gpus: bool = False
 
@@ -157,6 +165,7 @@ class Options:
             save_plan=_path("save-plan", args.galvatron_save_plan),
             report=_path("report", args.galvatron_report),
             observe=_path("observe", args.galvatron_observe),
+            load_universal=_path("load-universal", args.galvatron_load_universal),
             device=args.galvatron_device,
             ignore_gpus=args.galvatron_ignore_gpus,
         )
@@ -175,7 +184,15 @@ class Options:
 
 
 _OF_A_SEARCH = ("memory_gb", "again", "uniform")
-_OF_A_PLAN = ("plan_only", "save_plan", "profile_dir", "report")
+_OF_A_PLAN = ("plan_only", "save_plan", "profile_dir", "report", "load_universal")
+_BESIDE_UNIVERSAL = (
+    ("load", "both say where to go on from"),
+    ("pretrained_checkpoint", "both say where to go on from"),
+    ("finetune", "takes weights alone"),
+    ("no_load_optim", "takes weights alone"),
+    ("skip_train", "nothing is trained"),
+)
+"""Arguments of Megatron that do not go with a universal checkpoint, and why."""
 
 
 def _check_used(args: Namespace, options: Options) -> None:
@@ -188,7 +205,17 @@ def _check_used(args: Namespace, options: Options) -> None:
     why = "the plan is given, nothing is searched" if options.plans else "nothing is planned"
     for name in unused:
         if getattr(args, f"galvatron_{name}"):
-            raise GalvatronError(f"{FLAG_PREFIX}{name.replace('_', '-')}: {why}; valid: with --galvatron-auto")
+            also = " or --galvatron-plan" if name in _OF_A_PLAN else ""
+            raise GalvatronError(
+                f"{FLAG_PREFIX}{name.replace('_', '-')}: {why}; valid: with --galvatron-auto{also}"
+            )
+    if options.load_universal is not None:
+        for name, reason in _BESIDE_UNIVERSAL:
+            if getattr(args, name, None):
+                raise GalvatronError(
+                    f"--galvatron-load-universal: beside --{name.replace('_', '-')}, {reason}; "
+                    "valid: one of them"
+                )
 
 
 def _path(flag: str, text: str | None) -> Path | None:

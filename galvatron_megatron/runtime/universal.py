@@ -1,16 +1,14 @@
-"""Reads DeepSpeed's universal checkpoints into a model that runs under any plan.
+"""Takes a job over from DeepSpeed: reads universal checkpoints into a model that runs under any plan.
 
-Layout, as ``deepspeed.checkpoint.ds_to_universal`` writes it: ``latest_universal`` names a folder; in it,
-``zero/<parameter>/fp32.pt``, ``exp_avg.pt`` and ``exp_avg_sq.pt`` hold a mapping with the whole tensor, over
-all ranks, under ``param``, and ``step.pt`` the number of steps. Parameters are found by their names in
-Megatron's distributed checkpoint, whose metadata also says which part of each belongs on this rank.
+Parameters are found by their names in Megatron's distributed checkpoint, whose metadata also says which part of
+each belongs on this rank.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, wraps
 from math import prod
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -27,109 +25,73 @@ from megatron.core.utils import unwrap_model
 
 from galvatron_megatron.errors import PlanError
 from galvatron_megatron.runtime.checkpoint import CONTENT, ReshardableOptimizer, settings_of
+from galvatron_megatron.runtime.universal_files import UniversalCheckpoint
 
-LATEST = "latest_universal"
-_FILES = {"param": "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+SEAM = "setup_model_and_optimizer"
+"""The function of ``megatron.training.training`` behind which a universal checkpoint is read."""
 _PREFIX = "optimizer.state."
-_NORMS = (
-    ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
-    ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
-)
-"""Norms as checkpoints name them, and as models do that keep them apart from the linear behind them."""
 
 
-class UniversalCheckpoint:
-    """The files of one universal checkpoint, read as data: what would need code to be unpickled is refused."""
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Progress:
+    """How far the job had come that saved a checkpoint."""
 
-    def __init__(self, directory: str | Path) -> None:
-        """Finds the files.
+    steps: int
+    """Of its optimizer: those skipped for an overflow do not count."""
+    iteration: int
+    samples: int | None
+    """That it had trained on; None where the checkpoint does not say."""
 
-        Args:
-            directory: with a ``latest_universal`` file, or the folder itself that it names.
 
-        Raises:
-            PlanError: there is no universal checkpoint.
-        """
-        folder = Path(directory)
-        latest = folder / LATEST
-        if latest.is_file():
-            folder = folder / latest.read_text().strip()
-        self.folder = folder / "zero"
-        if not self.folder.is_dir():
-            raise PlanError(
-                f"universal checkpoint {directory}: no {LATEST} file and no zero folder; valid: the output "
-                "folder of deepspeed's ds_to_universal"
+def reading_universal(original: Callable[..., tuple], directory: str | Path, args: Any) -> Callable[..., tuple]:
+    """Megatron's ``setup_model_and_optimizer``, which then goes on where a universal checkpoint stands.
+
+    Besides weights and optimizer states, the iteration, the position in the data and the learning rate's
+    schedule are the checkpoint's: its engine's counters say how many iterations and samples there were.
+
+    Args:
+        original: the function.
+        directory: the universal checkpoint.
+        args: Megatron's validated arguments.
+    """
+
+    @wraps(original)
+    def build(*given: Any, **named: Any) -> tuple:
+        model, optimizer, scheduler = original(*given, **named)
+        found = load_universal_checkpoint(directory, model, optimizer)
+        args.iteration = found.iteration
+        args.consumed_train_samples = found.samples or found.iteration * args.global_batch_size
+        scheduler.step(increment=args.consumed_train_samples)
+        if args.rank == 0:
+            print(
+                f"galvatron: universal checkpoint {directory}: {found.steps} steps of the optimizer; goes on "
+                f"behind iteration {args.iteration} and sample {args.consumed_train_samples}",
+                flush=True,
             )
+        return model, optimizer, scheduler
 
-    def _load(self, path: Path) -> Any:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError as error:
-            raise PlanError(f"universal checkpoint: {path} is missing; valid: a complete one") from error
-        except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise PlanError(
-                f"universal checkpoint: {path} cannot be read as data ({reason}); valid: tensors and numbers"
-            ) from error
-
-    def _folder_of(self, name: str) -> Path:
-        other = name
-        for saved, built in _NORMS:
-            other = other.replace(saved, built)
-        for candidate in (name, other, f"module.{name}", f"module.{other}"):
-            if (self.folder / candidate).is_dir():
-                return self.folder / candidate
-        raise PlanError(
-            f"universal checkpoint {self.folder}: no parameter {name}; valid: one of a Megatron-core model of "
-            "these layers"
-        )
-
-    def tensor(self, name: str, state: str) -> torch.Tensor:
-        """A whole tensor.
-
-        Args:
-            name: of the parameter in Megatron's distributed checkpoint.
-            state: ``param``, ``exp_avg`` or ``exp_avg_sq``.
-
-        Raises:
-            PlanError: it is missing or not readable as data.
-        """
-        path = self._folder_of(name) / f"{_FILES[state]}.pt"
-        found = self._load(path)
-        found = found.get("param") if isinstance(found, dict) else found
-        if not isinstance(found, torch.Tensor):
-            raise PlanError(f"universal checkpoint: {path} holds no tensor; valid: one under 'param'")
-        return found
-
-    def steps(self) -> int:
-        """How many steps the optimizer had made; the same for all parameters."""
-        paths = sorted(self.folder.glob("*/step.pt"))
-        if not paths:
-            raise PlanError(f"universal checkpoint {self.folder}: no step.pt; valid: with optimizer states")
-        found = self._load(paths[0])
-        return int(found["param"] if isinstance(found, dict) else found)
+    return build
 
 
-def load_universal_checkpoint(directory: str | Path, chunks: list[Any], optimizer: Any) -> int:
+def load_universal_checkpoint(directory: str | Path, chunks: list[Any], optimizer: Any) -> Progress:
     """Takes weights, Adam's states and step count over; every rank of the job calls this together.
 
-    Learning rate and weight decay stay as the job's arguments have set them.
+    Learning rate, weight decay and loss scale stay as the job's arguments have set them.
 
     Args:
         directory: the universal checkpoint.
         chunks: the model chunks of this rank, wrapped or not.
         optimizer: of a job with an attached plan.
 
-    Returns:
-        Steps that were made.
-
     Raises:
-        PlanError: files are missing, damaged, of other shapes, or not data; or the optimizer cannot take them.
+        PlanError: files are missing, damaged, of another model, or not data; or the optimizer cannot take them.
+            The same on every rank.
     """
     if not isinstance(optimizer, ReshardableOptimizer):
-        raise PlanError("universal checkpoint: this job's optimizer cannot take it; valid: a job with a plan")
-    source = UniversalCheckpoint(directory)
-    steps = source.steps()
+        raise PlanError(
+            "universal checkpoint: this job's optimizer cannot take it; valid: Adam under a plan, and what "
+            "distributed checkpoints take (--ckpt-format torch_dist)"
+        )
     models = unwrap_model(chunks)
     parts = {
         f"model{index}": model.sharded_state_dict(metadata=dict(CONTENT)) for index, model in enumerate(models)
@@ -137,23 +99,58 @@ def load_universal_checkpoint(directory: str | Path, chunks: list[Any], optimize
     # States go first: making their form gathers what ZeRO sharded, as saving does.
     form = optimizer.sharded_state_dict(parts, is_loading=True, metadata=dict(CONTENT))
     state = {**parts, "states": form["param_state"]}
-    problem = ""
-    try:
-        _fill(state, _reader(source))
-    except PlanError as error:
-        problem = str(error)
-    # A file may be missing on one node alone; loading gathers, and the others would wait for its ranks.
-    problems: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if problem := next(filter(None, problems), ""):
-        raise PlanError(problem)
+    progress = _together(lambda: _read(directory, state))
     for index, model in enumerate(models):
         model.load_state_dict(state[f"model{index}"])
     settings = settings_of(optimizer)
     for group in settings["optimizer"]["param_groups"]:
-        group["step"] = steps
+        group["step"] = progress.steps
     optimizer.take_states(state["states"], settings)
-    return steps
+    return progress
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class _Read:
+    """What one rank has read of a checkpoint."""
+
+    progress: Progress
+    used: frozenset[str]
+    """Folders that it took parameters from."""
+    trained: frozenset[str]
+    """Folders of all trained parameters."""
+
+
+def _together(read: Callable[[], _Read]) -> Progress:
+    """Reads on every rank and fails on all or none: loading gathers, and others would wait for a failed rank.
+
+    A file may be missing, or another one, on one node alone.
+    """
+    mine: _Read | str
+    try:
+        mine = read()
+    except PlanError as error:
+        mine = str(error)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if problem := next((found for found in everyone if isinstance(found, str)), ""):
+        raise PlanError(problem)
+    first = everyone[0]
+    if any((found.progress, found.trained) != (first.progress, first.trained) for found in everyone):
+        raise PlanError("universal checkpoint: ranks read different ones; valid: one folder that all nodes see")
+    if left := sorted(first.trained.difference(*(found.used for found in everyone))):
+        raise PlanError(
+            f"universal checkpoint: it trains {left[0]} ({len(left)} such), which this model has not; valid: "
+            "the model's arguments (layers, biases, norms, tied embeddings) as they were"
+        )
+    return first.progress
+
+
+def _read(directory: str | Path, state: dict[str, Any]) -> _Read:
+    files = UniversalCheckpoint(directory)
+    progress = Progress(steps=files.steps(), iteration=files.iteration(), samples=files.samples())
+    used: set[str] = set()
+    _fill(state, _reader(files, used))
+    return _Read(progress=progress, used=frozenset(used), trained=files.trained())
 
 
 def _fill(state: dict[str, Any], read: Callable[[ShardedTensor], torch.Tensor]) -> None:
@@ -172,7 +169,7 @@ def _fill(state: dict[str, Any], read: Callable[[ShardedTensor], torch.Tensor]) 
     apply_factory_merges(state, factories)
 
 
-def _reader(source: UniversalCheckpoint) -> Callable[[ShardedTensor], torch.Tensor]:
+def _reader(source: UniversalCheckpoint, used: set[str]) -> Callable[[ShardedTensor], torch.Tensor]:
     whole = lru_cache(maxsize=2)(source.tensor)
 
     def read(entry: ShardedTensor) -> torch.Tensor:
@@ -180,10 +177,13 @@ def _reader(source: UniversalCheckpoint) -> Callable[[ShardedTensor], torch.Tens
         if not entry.key.startswith(_PREFIX):
             state, name = "param", entry.key
         found = whole(name, state)
+        used.add(source.folder_of(name))
         axes = entry.prepend_axis_num
         shape, offset = entry.global_shape[axes:], entry.global_offset[axes:]
-        if len(found.shape) != len(shape):
-            found = found.reshape(shape) if found.numel() == prod(shape) else found
+        if found.shape != torch.Size(shape) and found.dim() == 1:
+            # ZeRO 3 leaves tensors flat: rows of a vocabulary that is padded otherwise still tell their length.
+            length = prod(shape[1:])
+            found = found.reshape(-1, *shape[1:]) if found.numel() % length == 0 else found
         if tuple(found.shape) != tuple(shape):
             if not entry.allow_shape_mismatch or found.shape[1:] != torch.Size(shape[1:]):
                 raise PlanError(

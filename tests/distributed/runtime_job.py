@@ -39,16 +39,15 @@ from runtime_cases import CLIP
 from runtime_memory import measure_at_norm
 from runtime_mutations import MUTATIONS
 from runtime_overlap import watch_resharding
-from universal_files import write_universal
 
 from galvatron_megatron.integration import cpu_device
+from galvatron_megatron.integration.job import go_on_from
 from galvatron_megatron.integration.observation import Observation
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.strategy import Offload, Recompute, SequenceParallel, Strategy
 from galvatron_megatron.runtime import attach
 from galvatron_megatron.runtime.checkpoint import initialise_states
-from galvatron_megatron.runtime.universal import load_universal_checkpoint
 from galvatron_megatron.runtime.zero import is_left_to_megatron
 from galvatron_megatron.runtime.zero_whole import whole_parameters
 
@@ -373,7 +372,7 @@ def run_case(case: dict) -> dict:
     set_global_variables(args)
     real_step, real_setup = training.train_step, training.setup_model_and_optimizer
     real_iterators = training.build_train_valid_test_data_iterators
-    models, steppers, undone = [], [], []
+    models, undone = [], []
     if case.get("mutation"):
         undone.append(MUTATIONS[case["mutation"]]())
     if case.get("detached"):
@@ -387,10 +386,6 @@ def run_case(case: dict) -> dict:
         if args.iteration == 0 and not case.get("keep_weights"):
             set_weights(model, optimizer)
         models.extend(model)
-        steppers.append(optimizer)
-        if case.get("universal"):
-            args.iteration = load_universal_checkpoint(case["universal"], model, optimizer)
-            args.consumed_train_samples = args.iteration * args.global_batch_size
         if case.get("measure"):
             seen["live"] = measure_at_norm(model, optimizer)
         return model, optimizer, scheduler
@@ -407,6 +402,8 @@ def run_case(case: dict) -> dict:
         return result
 
     training.train_step, training.setup_model_and_optimizer = step, setup
+    if case.get("universal"):
+        go_on_from(Path(case["universal"]), training, args)
     training.build_train_valid_test_data_iterators = build_iterators_without_drawing(real_iterators)
     try:
         if not case.get("detached"):
@@ -425,8 +422,6 @@ def run_case(case: dict) -> dict:
         if seen["planned"]:
             seen["created"] = [list(ranks) for ranks in attachment.context.registry.created]
             seen["received_bytes"] = attachment.context.traffic.received_bytes
-        if case.get("write_universal"):
-            write_universal(case["write_universal"], models, steppers[0], len(seen["skipped"]))
         seen["weights"] = gather_weights(models)
         seen["copies_differ"] = copies_differ(models)
         losses = [None] * world_size

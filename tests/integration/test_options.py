@@ -59,6 +59,8 @@ def test_flags_are_read(tmp_path):
         (["--galvatron-plan", "p", "--galvatron-memory-gb", "8"], r"-memory-gb: the plan is given.*-auto"),
         (["--galvatron-plan", "p", "--galvatron-again"], r"--galvatron-again: the plan is given"),
         (["--galvatron-plan", "p", "--galvatron-uniform"], r"--galvatron-uniform: the plan is given"),
+        (["--galvatron-load-universal", "d"], r"-load-universal: nothing is planned; .* or --galvatron-plan"),
+        (["--galvatron-plan", "p", "--galvatron-load-universal", ""], r"-load-universal: is empty"),
         (["--galvatron-observe", "/dev/null"], r"--galvatron-observe: /dev/null is a file"),
         (["--galvatron-auto", "--galvatron-ignore-gpus"], r"ignore-gpus: .*beside --galvatron-device cpu"),
     ],
@@ -67,6 +69,20 @@ def test_bad_values_are_named_in_one_line(words, message):
     with pytest.raises(GalvatronError, match=message) as caught:
         read(*words)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("other", ["load", "pretrained_checkpoint", "finetune", "no_load_optim", "skip_train"])
+def test_a_universal_checkpoint_is_refused_beside_what_contradicts_it(other):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_options(parser)
+    args = parser.parse_args(["--galvatron-plan", "p", "--galvatron-load-universal", "d"])
+    assert Options.from_arguments(args).load_universal == Path("d")
+    setattr(args, other, "x")
+    flag = other.replace("_", "-")
+    with pytest.raises(
+        GalvatronError, match=f"--galvatron-load-universal: beside --{flag}, .*; valid: one of them"
+    ):
+        Options.from_arguments(args)
 
 
 @given(st.floats(min_value=1e-3, max_value=1e6))
