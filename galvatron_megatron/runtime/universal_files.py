@@ -196,8 +196,9 @@ def _count(found: Any, path: Path) -> int:
     if isinstance(found, torch.Tensor) and found.numel() == 1:
         found = found.item()
     if isinstance(found, bool) or not isinstance(found, int | float) or found < 0 or found != int(found):
+        told = found if isinstance(found, int | float | str) else type(found).__name__
         raise PlanError(
-            f"universal checkpoint: {path}: {found!r} for a number of steps; valid: an integer >= 0"
+            f"universal checkpoint: {path}: {told!r} for a number of steps; valid: an integer >= 0"
         )
     return int(found)
 
