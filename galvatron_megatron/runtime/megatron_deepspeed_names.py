@@ -5,10 +5,10 @@ names. Its pipeline model numbers modules, the first one being what stands in fr
 pipeline they have names. All tensors but one stand in the same order as in Megatron-core.
 
 The exception is the fused projection to queries, keys and values. Up to 3 December 2024 its rows go by head
-(all queries of a key-value head, its key, its value), as in Megatron-core. Commit 676a482c, which also brought the
-argument ``ds_sequence_parallel_fpdt``, splits what a tensor-parallel rank holds into three equal parts instead:
-its queries, its keys, its values. Both call themselves checkpoint version 3.0; the arguments in the checkpoint
-tell them apart.
+(all queries of a key-value head, its key, its value), as in Megatron-core. Commit 676a482c, which also brought
+the argument ``ds_sequence_parallel_fpdt``, splits what a tensor-parallel rank holds into three equal parts
+instead: its queries, its keys, its values. Both call themselves checkpoint version 3.0; the arguments in the
+checkpoint tell them apart.
 """
 
 import re

@@ -2,7 +2,9 @@
 
 import torch
 
+from galvatron_megatron.plan.strategy import Offload
 from galvatron_megatron.runtime.zero import ZeroPart
+from galvatron_megatron.runtime.zero_optimizer import STATES
 
 
 def storages(tensors):
@@ -20,6 +22,62 @@ def own_tensors(part):
     return weights, gradients, [partition.data for engine in part.engines for partition in engine.partitions]
 
 
+def whole_gradients(part):
+    """Gradients as the backward passes leave them on the parameters, before ZeRO 1 reduces them."""
+    found = [getattr(p, name, None) for p in part.parameters for name in ("grad", "grad_accum")]
+    return [gradient for gradient in found if gradient is not None]
+
+
+def reachable(thing, seen=None):
+    """Every tensor that DeepSpeed keeps in an engine but its buckets for reduction, which are transient."""
+    seen = {} if seen is None else seen
+    if id(thing) in seen:
+        return
+    seen[id(thing)] = thing  # kept, so that nothing else gets its number
+    if isinstance(thing, torch.Tensor):
+        if thing.device.type != "meta" and thing.numel() > 1:  # step counts and verdicts are single numbers
+            yield thing.data
+        yield from reachable(getattr(thing, "ds_tensor", None), seen)
+        yield from reachable(thing.grad if thing.is_leaf else None, seen)
+    elif isinstance(thing, dict):
+        yield from (found for each in list(thing.values()) for found in reachable(each, seen))
+    elif isinstance(thing, list | tuple | set):
+        yield from (found for each in list(thing) for found in reachable(each, seen))
+    elif type(thing).__module__.startswith(("deepspeed", "galvatron", "torch.optim")):
+        kept = {name: value for name, value in getattr(thing, "__dict__", {}).items() if name != "ipg_buckets"}
+        yield from reachable(kept, seen)
+
+
+def on_host(part, offload):
+    """What an offloading engine keeps in host memory: main weights and their gradients, states, weights."""
+    found = []
+    for engine in part.engines:
+        found += [t for partition in engine.partitions for t in (partition.data, partition.grad)]
+        states = engine.optimizer.state.values()  # empty before the first step
+        found += [state[name] for state in states for name in STATES if name in state]
+        found += getattr(engine, "param_buffer_of_bit16_for_cpu_offload_groups", [])
+    if offload is Offload.PARAMETERS:
+        found += [parameter.ds_tensor.data for parameter in part.parameters]
+    return found
+
+
+def live_offloaded(part, state_class):
+    """Bytes of an offloaded class; what DeepSpeed keeps besides counts as optimizer states on the device."""
+    host = storages(on_host(part, state_class.offload))
+    weights, gradients, _ = own_tensors(part)
+    weights = {at: size for at, size in storages(weights).items() if at not in host}
+    gradients = storages(gradients)
+    everything = storages(tensor for engine in part.engines for tensor in reachable(engine))
+    assert host.keys() <= everything.keys() and gradients.keys() <= everything.keys()
+    stray = everything.keys() - host.keys() - weights.keys() - gradients.keys()
+    return {
+        "weights": sum(weights.values()),
+        "gradients": max(sum(gradients.values()), part.bytes_before_reduction),
+        "optimizer": sum(everything[at] for at in stray),
+        "host": sum(host.values()),
+    }
+
+
 def parameters_of(part):
     return part.parameters if isinstance(part, ZeroPart) else list(part.module.parameters())
 
@@ -29,8 +87,16 @@ def live(chunks, optimizer):
     found = {}
     for number, state_class in enumerate(optimizer.state_classes):
         parts = [chunk.parts[state_class] for chunk in chunks]
+        found[number] = {
+            "class": (state_class.weight_shards, state_class.zero, state_class.offload),
+            "parameters": sum(getattr(p, "ds_numel", p.numel()) for part in parts for p in parameters_of(part)),
+            "replicas": parts[0].dp_cp_group.size(),
+        }
+        if state_class.offload is not Offload.NONE:
+            (part,) = parts
+            found[number] |= live_offloaded(part, state_class)
+            continue
         weights, gradients, mains = ([t for part in parts for t in own_tensors(part)[i]] for i in range(3))
-        count = sum(getattr(p, "ds_numel", p.numel()) for part in parts for p in parameters_of(part))
         steppers = [
             stepper
             for stepper in optimizer.chained_optimizers
@@ -45,10 +111,8 @@ def live(chunks, optimizer):
         ]
         mains += [p.data for s in steppers for group in s.optimizer.param_groups for p in group["params"]]
         kept = storages(weights)
-        found[number] = {
-            "class": (state_class.weight_shards, state_class.zero),
-            "parameters": count,
-            "replicas": parts[0].dp_cp_group.size(),
+        found[number] |= {
+            "host": 0,
             "weights": sum(kept.values()),
             "gradients": sum(storages(gradients).values()),
             "optimizer": sum(n for at, n in storages(states + mains).items() if at not in kept),
@@ -71,6 +135,17 @@ def serves(stepper, parts):
     return any(id(parameter) in mine for group in groups for parameter in group)
 
 
+def count_before_reduction(part):
+    """Keeps the bytes of whole gradients that a step ends with: ZeRO 1 reduces them then."""
+    finish = part.finish_grad_sync
+
+    def counted(*args, **kwargs):
+        part.bytes_before_reduction = sum(storages(whole_gradients(part)).values())
+        return finish(*args, **kwargs)
+
+    part.finish_grad_sync = counted
+
+
 def measure_at_norm(chunks, optimizer):
     """Measures whenever the gradient norm is taken: gradients are complete, nothing is released yet."""
     seen = {}
@@ -82,4 +157,8 @@ def measure_at_norm(chunks, optimizer):
         return value
 
     optimizer.get_grad_norm = measured
+    for chunk in chunks:
+        for part in chunk.parts.values():
+            if isinstance(part, ZeroPart):
+                count_before_reduction(part)
     return seen

@@ -4,26 +4,49 @@ import pytest
 from runtime_rank import train
 from zero_cases import zero_case
 
-from galvatron_megatron.cost.memory import parameter_bytes, state_bytes
+from galvatron_megatron.cost.memory import Share, parameter_bytes, state_bytes
+from galvatron_megatron.cost.offload import host_bytes, kept_on_device
 from galvatron_megatron.cost.options import RunOptions
+from galvatron_megatron.plan.strategy import Offload, Strategy
 
 pytestmark = pytest.mark.distributed
 
+NONE, OPTIMIZER, PARAMETERS = Offload.NONE, Offload.OPTIMIZER, Offload.PARAMETERS
+HELD = ("weights", "gradients", "optimizer")
+
 
 @pytest.mark.parametrize("model", ["modern", "bf16"])
-@pytest.mark.parametrize("degree", ["tp1", "tp2"])
-def test_bytes_are_the_cost_models(ranks, model, degree):
-    layers = [f"{degree} zero{zero}" for zero in (3, 2, 1, 0)]
-    base = "tp4 zero2" if degree == "tp1" else "tp1 zero3"
+@pytest.mark.parametrize(
+    ("base", "layers", "kinds"),
+    [
+        ("tp4 zero2", [f"tp1 zero{zero}" for zero in (3, 2, 1, 0)], {(z, NONE) for z in range(4)}),
+        ("tp1 zero3", [f"tp2 zero{zero}" for zero in (3, 2, 1, 0)], {(z, NONE) for z in range(4)}),
+        (
+            "tp2 zero3 offload-parameters",
+            [
+                "tp1 zero1 offload-optimizer",
+                "tp1 zero2 offload-optimizer",
+                "tp1 zero3 offload-optimizer",
+                "tp1 zero3 offload-parameters",
+            ],
+            {(1, OPTIMIZER), (2, OPTIMIZER), (3, OPTIMIZER), (3, PARAMETERS)},
+        ),
+    ],
+)
+def test_bytes_are_the_cost_models(ranks, model, base, layers, kinds):
     made = zero_case("measured", model, base, layers, arguments={"train-iters": 2}, measure=True)
     element = parameter_bytes("bf16" if model == "bf16" else "fp32", RunOptions(gradients_in_fp32=True))
     for seen in ranks(4).run(train, made):
-        assert {found["class"][1] for found in seen["live"].values()} == {0, 1, 2, 3}
+        assert {found["class"][1:] for found in seen["live"].values()} == kinds
         for found in seen["live"].values():
-            expected = state_bytes(found["parameters"], found["class"][1], found["replicas"], element)
-            held = (found["weights"], found["gradients"], found["optimizer"])
-            wanted = (expected.weights, expected.gradients, expected.optimizer)
-            if found["class"][1] == 1:
+            shards, zero, offload = found["class"]
+            share = Share(parameters=found["parameters"], replicas=found["replicas"], stride=shards)
+            strategy = Strategy(tp=shards, dp=share.replicas, zero=zero, offload=offload)
+            expected = kept_on_device(state_bytes(share.parameters, zero, share.replicas, element), strategy)
+            held = tuple(found[name] for name in HELD)
+            wanted = tuple(getattr(expected, name) for name in HELD)
+            assert found["host"] == host_bytes([share], strategy, element), found["class"]
+            if (zero, offload) == (1, NONE):
                 # Megatron's buffers start every parameter at a multiple of 64 elements, and shard that.
                 assert held == pytest.approx(wanted, rel=0.03), found["class"]
             else:
