@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from galvatron_megatron.commands.calibrate_observed import is_observed, merge_observed
+from galvatron_megatron.commands.calibrate_observed import check_exists, is_observed, merge_observed
 from galvatron_megatron.cost.calibration import calibrate
 from galvatron_megatron.cost.layer_factors import LEAST_RUNS
 from galvatron_megatron.cost.records.tables import fitting_rows, read_table
@@ -17,6 +17,7 @@ from galvatron_megatron.errors import DescriptionError
 from galvatron_megatron.plan.document import check_target, write_document
 from galvatron_megatron.report.terminal import terminal
 
+DEFAULT_FOLDS = 3
 EPILOG = """\
 examples:
   galvatron calibrate runs.csv --cluster my-cluster.yaml --output my-cluster-calibrated.yaml
@@ -47,9 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=Path, help="write the cluster with the fitted constants here")
     parser.add_argument("--all-rows", action="store_true", help="fit on every row, not on a third of them")
-    parser.add_argument(
-        "--folds", type=int, default=3, help="parts of the cross-validation (default: %(default)s)"
-    )
+    parser.add_argument("--folds", type=int, help=f"parts of the cross-validation (default: {DEFAULT_FOLDS})")
     parser.add_argument(
         "--constants-only",
         action="store_true",
@@ -72,9 +71,11 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         GalvatronError: an input cannot be read, or has too few runs.
     """
+    for path in arguments.inputs:
+        check_exists(path)
     if is_observed(arguments.inputs):
-        for flag in ("cluster", "output", "all_rows", "constants_only"):
-            if getattr(arguments, flag):
+        for flag in ("cluster", "output", "all_rows", "folds", "constants_only"):
+            if getattr(arguments, flag) not in (None, False):
                 raise DescriptionError(
                     f"--{flag.replace('_', '-')}: goes with a CSV file of runs; valid: --profile-dir, --json"
                 )
@@ -84,8 +85,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.inputs[0]}: fits a cluster's constants; valid: one CSV file, with --cluster and "
             "without --profile-dir (.jsonl files and directories are observed jobs)"
         )
-    if arguments.folds < 2:
-        raise DescriptionError(f"--folds: {arguments.folds}; valid: an integer >= 2")
+    folds = DEFAULT_FOLDS if arguments.folds is None else arguments.folds
+    if folds < 2:
+        raise DescriptionError(f"--folds: {folds}; valid: an integer >= 2")
     if arguments.output is not None:
         check_target(arguments.output, "--output", DescriptionError, suffixes=(".yaml", ".yml"))
     cluster = read_cluster(arguments.cluster)
@@ -98,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         runs,
         table.path.name,
         held_out=others,
-        folds=arguments.folds,
+        folds=folds,
         layer_factors=not arguments.constants_only,
     )
     if arguments.output is not None:

@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from rich.table import Table
 
-from galvatron_megatron.cost.observed import observed_points, partial_profile
+from galvatron_megatron.cost.observed import ObservedPoints, observed_points, partial_profile
 from galvatron_megatron.describe.kept_plans import forget_plans
 from galvatron_megatron.describe.observation import SUFFIX, ObservedJob, read_observed
-from galvatron_megatron.describe.profile import PartPoint, Profile
+from galvatron_megatron.describe.profile import PartPoint, Profile, StepPoint
 from galvatron_megatron.describe.profile_store import (
     check_directory,
     default_directory,
@@ -26,8 +27,30 @@ def is_observed(paths: Sequence[Path]) -> bool:
     return any(path.suffix == SUFFIX or path.is_dir() for path in paths)
 
 
+def check_exists(path: Path) -> None:
+    """Refuses an input that is not there, before anything is made of its name.
+
+    Raises:
+        DescriptionError: it does not exist; names what is nearest beside it.
+    """
+    if path.exists():
+        return
+    try:
+        beside = sorted(entry.name for entry in path.parent.iterdir())
+    except OSError:
+        beside = []
+    near = get_close_matches(path.name, beside, n=1)
+    hint = f"did you mean {path.parent / near[0]}? " if near else ""
+    raise DescriptionError(
+        f"{path}: does not exist; {hint}valid: files (.jsonl) or directories of --galvatron-observe, or one "
+        "CSV file of runs, with --cluster"
+    )
+
+
 def merge_observed(paths: Sequence[Path], directory: Path | None, *, as_json: bool) -> int:
     """Merges, says what changed, and forgets the plans that were priced with the old numbers.
+
+    All jobs are read and checked before the first profile is written.
 
     Args:
         paths: files of ``--galvatron-observe``, or its directories.
@@ -47,28 +70,39 @@ def merge_observed(paths: Sequence[Path], directory: Path | None, *, as_json: bo
     for job in jobs:
         fingerprint = job.provenance.fingerprint()
         before = known[fingerprint]
-        points, left_out = observed_points(before, job)
-        if not points:
-            reason = left_out[0] if left_out else "no layer was observed"
+        points = observed_points(before, job)
+        if not points.parts and not points.steps:
+            reason = points.left_out[0] if points.left_out else "nothing was observed"
             raise DescriptionError(
                 f"{paths[0]}: nothing in it can be merged ({reason}); "
                 "valid: jobs of 5 iterations or more, with strategies that were profiled"
             )
-        known[fingerprint] = write_profile(store, partial_profile(before, points))
-        results.append((job, before, points, left_out, forget_plans(store, fingerprint)))
+        known[fingerprint] = before.merged(partial_profile(before, points))
+        results.append((job, before, points))
+    forgotten = {}
+    for fingerprint in known:
+        found = [points for job, _, points in results if job.provenance.fingerprint() == fingerprint]
+        # Only what was observed: another job may have measured more since the profile was read.
+        parts = tuple(part for points in found for part in points.parts)
+        steps = tuple(step for points in found for step in points.steps)
+        together = ObservedPoints(parts=parts, steps=steps)
+        write_profile(store, partial_profile(known[fingerprint], together))
+        forgotten[fingerprint] = forget_plans(store, fingerprint)
     if as_json:
-        print(json.dumps([_document(*result) for result in results], indent=2))
+        documents = [_document(*result, forgotten[result[0].provenance.fingerprint()]) for result in results]
+        print(json.dumps(documents, indent=2))
         return 0
     console = terminal()
-    for job, before, points, left_out, forgotten in results:
+    for job, before, points in results:
         console.print(_table(job, before, points))
         if job.ranks < job.provenance.world_size:
             console.print(f"only {job.ranks} of {job.provenance.world_size} ranks were given")
-        for reason in left_out:
+        for reason in points.left_out:
             console.print(f"left out: {reason}")
-        console.print(f"merged into {profile_path(store, job.provenance.fingerprint())}")
-        if forgotten:
-            console.print(f"{len(forgotten)} kept plan(s) forgotten: the next --galvatron-auto searches again")
+    for fingerprint, plans in forgotten.items():
+        console.print(f"merged into {profile_path(store, fingerprint)}")
+        if plans:
+            console.print(f"{len(plans)} kept plan(s) forgotten: the next --galvatron-auto searches again")
     return 0
 
 
@@ -95,39 +129,43 @@ def _stored(store: Path, job: ObservedJob) -> Profile:
     return profile
 
 
-def _before(profile: Profile, point: PartPoint) -> float | None:
-    """Forward and backward seconds that the profile had for the same setting, or None."""
-    for old in profile.parts:
-        if old.key == point.key:
-            return old.forward_seconds + old.backward_seconds
+def _before(profile: Profile, point: PartPoint | StepPoint) -> float | None:
+    """Seconds that the profile had for the same setting, or None."""
+    for old in (*profile.parts, *profile.steps):
+        if old.key == point.key and not getattr(old, "failure", ""):
+            return _seconds(old)
     return None
 
 
-def _table(job: ObservedJob, before: Profile, points: list[PartPoint]) -> Table:
+def _seconds(point: PartPoint | StepPoint) -> float:
+    """Forward and backward, or the optimizer's step."""
+    if isinstance(point, StepPoint):
+        return point.seconds
+    return point.forward_seconds + point.backward_seconds
+
+
+def _table(job: ObservedJob, before: Profile, points: ObservedPoints) -> Table:
     step = "" if job.step_seconds is None else f"; step {job.step_seconds * 1e3:.1f} ms"
     shown = Table(
         title=f"job of {job.started[:19]}{step}, peak {job.peak_bytes / 2**30:.2f} GiB", title_justify="left"
     )
-    for name in ("layer", "tp", "sequence", "recompute"):
+    for name in ("part", "tp", "sequence", "recompute"):
         shown.add_column(name)
     for name in ("micro-batch", "profile ms", "observed ms"):
         shown.add_column(name, justify="right")
-    for point in points:
+    for point in (*points.parts, *points.steps):
         old = _before(before, point)
-        shown.add_row(
-            point.part,
-            str(point.tp),
-            point.sequence_parallel.value,
-            point.recompute.value,
-            str(point.micro_batch_size),
-            "new" if old is None else f"{old * 1e3:.3f}",
-            f"{(point.forward_seconds + point.backward_seconds) * 1e3:.3f}",
-        )
+        if isinstance(point, StepPoint):
+            how = (f"optimizer, ZeRO {point.zero}", "", "", "", "")
+        else:
+            kinds = (point.sequence_parallel.value, point.recompute.value)
+            how = (point.part, str(point.tp), *kinds, str(point.micro_batch_size))
+        shown.add_row(*how, "new" if old is None else f"{old * 1e3:.3f}", f"{_seconds(point) * 1e3:.3f}")
     return shown
 
 
 def _document(
-    job: ObservedJob, before: Profile, points: list[PartPoint], left_out: list[str], forgotten: list[Path]
+    job: ObservedJob, before: Profile, points: ObservedPoints, forgotten: list[Path]
 ) -> dict[str, object]:
     return {
         "profile": job.provenance.fingerprint(),
@@ -143,10 +181,21 @@ def _document(
                 "recompute": point.recompute.value,
                 "micro_batch_size": point.micro_batch_size,
                 "seconds_before": _before(before, point),
-                "seconds": point.forward_seconds + point.backward_seconds,
+                "seconds": _seconds(point),
             }
-            for point in points
+            for point in points.parts
         ],
-        "left_out": left_out,
+        "optimizers": [
+            {
+                "tensors": point.tensors,
+                "parameters": point.parameters,
+                "updated": point.updated,
+                "zero": point.zero,
+                "seconds_before": _before(before, point),
+                "seconds": _seconds(point),
+            }
+            for point in points.steps
+        ],
+        "left_out": list(points.left_out),
         "forgotten_plans": [path.name for path in forgotten],
     }

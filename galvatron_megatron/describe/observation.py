@@ -1,40 +1,54 @@
-"""Reads what ``--galvatron-observe`` wrote: times of layers in a training job, rank by rank."""
+"""Reads what ``--galvatron-observe`` wrote: times of the parts of a model in a training job, rank by rank."""
 
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from galvatron_megatron.describe.profile import Provenance
+from galvatron_megatron.describe.profile import EMBEDDING, HEAD, Provenance
+from galvatron_megatron.describe.typical import typical
 from galvatron_megatron.errors import DescriptionError
 from galvatron_megatron.plan.strategy import Recompute, SequenceParallel
 
-FORMAT = 1
+FORMAT = 2
 LEAST_PASSES = 3
-"""Passes of a setting on a rank, below which its lower quartile says nothing."""
+"""Passes of a setting on a rank, or steps of its optimizer, below which their middle half says nothing."""
 SUFFIX = ".jsonl"
 
 type Setting = tuple[str, int, SequenceParallel, Recompute, int]
-"""Part (digest of the layer), tp, sequence parallelism, recomputation, micro-batch size."""
+"""Part (``embedding``, ``head``, a digest), tp, sequence parallelism, recomputation, micro-batch size."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class ObservedSetting:
-    """All passes of all layers of one kind under one strategy."""
+    """All passes of the embedding, the head or all layers of one kind under one strategy."""
 
     setting: Setting
     forward_seconds: float
-    """Lower quartile over passes, maximum over ranks, as in a profile."""
+    """Mean of the middle half of passes, maximum over ranks, as in a profile."""
     backward_seconds: float
     spread: float
-    """Relative interquartile range of forward + backward on the slowest rank."""
+    """Largest relative interquartile range of forward or backward on a rank, as in a profile."""
     kept_bytes: int | None
     """Median growth of memory in a forward pass; None where the device does not count (CPU ranks)."""
     passes: int
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class ObservedStep:
+    """Zeroing gradients and the optimizer's step of ranks that update equally much."""
+
+    tensors: int
+    parameters: int
+    updated: int
+    """Parameters that the optimizer updates on a rank."""
+    zero: int
+    seconds: float
+    """Mean of the middle half of steps, maximum over ranks, as in a profile."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -45,9 +59,12 @@ class ObservedJob:
     started: str
     ranks: int
     """How many of its ranks' files were read."""
+    pp: int
+    """Stages of its pipeline."""
     settings: tuple[ObservedSetting, ...]
+    optimizers: tuple[ObservedStep, ...]
     left_out: tuple[str, ...]
-    """Why layers were not read, in words."""
+    """What was not read and why, in words."""
     step_seconds: float | None
     """Median step of the slowest rank; None where no step was written."""
     peak_bytes: int
@@ -78,14 +95,20 @@ def read_observed(paths: Sequence[Path]) -> list[ObservedJob]:
     return [_together(list(jobs[key].values())) for key in sorted(jobs)]
 
 
+type _Samples = tuple[list[float], list[float], list[int]]
+"""Seconds of forward passes, of backward passes, bytes that were kept."""
+
+
 @dataclass(kw_only=True)
 class _RankRecords:
     provenance: Provenance
     started: str
     rank: int
-    steps: list[tuple[float, int]]
-    samples: dict[Setting, tuple[list[float], list[float], list[int]]]
-    left_out: set[str]
+    pp: int
+    steps: list[tuple[float, int]] = field(default_factory=list)
+    samples: dict[Setting, _Samples] = field(default_factory=dict)
+    optimizers: dict[tuple[int, int, int, int], list[float]] = field(default_factory=dict)
+    left_out: set[str] = field(default_factory=set)
 
 
 def _read_file(path: Path) -> list[_RankRecords]:
@@ -127,16 +150,15 @@ def _take(record: dict[str, Any], jobs: list[_RankRecords]) -> None:
                 provenance=provenance,
                 started=str(record["started"]),
                 rank=int(record["rank"]),
-                steps=[],
-                samples={},
-                left_out=set(),
+                pp=int(record["pp"]),
             )
         )
     elif kind == "step":
         jobs[-1].steps.append((_seconds(record["seconds"]), int(record["peak_bytes"])))
-    elif kind == "layer":
+    elif kind == "part":
         if record["left_out"]:
-            jobs[-1].left_out.add(f"layer {record['layer']}: {record['left_out']}")
+            name = f"layer {record['layer']}" if "layer" in record else str(record["part"])
+            jobs[-1].left_out.add(f"{name}: {record['left_out']}")
             return
         setting = (
             str(record["part"]),
@@ -149,6 +171,16 @@ def _take(record: dict[str, Any], jobs: list[_RankRecords]) -> None:
         forward += map(_seconds, record["forward_seconds"])
         backward += map(_seconds, record["backward_seconds"])
         kept += map(int, record["kept_bytes"])
+    elif kind == "optimizer":
+        if record["left_out"]:
+            jobs[-1].left_out.add(f"optimizer: {record['left_out']}")
+            return
+        tensors, parameters, updated, zero = (
+            int(record[name]) for name in ("tensors", "parameters", "updated", "zero")
+        )
+        jobs[-1].optimizers.setdefault((tensors, parameters, updated, zero), []).append(
+            _seconds(record["seconds"])
+        )
     else:
         raise ValueError(f"record {kind!r} is unknown")
 
@@ -162,29 +194,19 @@ def _seconds(value: object) -> float:
 
 def _together(ranks: list[_RankRecords]) -> ObservedJob:
     left_out = {reason for records in ranks for reason in records.left_out}
-    by_setting: dict[Setting, list[tuple[list[float], list[float], list[int]]]] = defaultdict(list)
+    by_setting: dict[Setting, list[_Samples]] = defaultdict(list)
+    by_update: dict[tuple[int, int, int, int], list[float]] = defaultdict(list)
     for records in ranks:
         for setting, samples in records.samples.items():
             if min(len(samples[0]), len(samples[1])) < LEAST_PASSES:
                 left_out.add(f"{words(setting)}: fewer than {LEAST_PASSES} passes")
             else:
                 by_setting[setting].append(samples)
-    settings = []
-    for setting, found in by_setting.items():
-        quartiles = [[np.percentile(passes, (25, 50, 75)) for passes in entry[:2]] for entry in found]
-        slowest = max(quartiles, key=lambda pair: pair[0][0] + pair[1][0])
-        low = slowest[0][0] + slowest[1][0]
-        kept = [int(np.median(entry[2])) for entry in found if entry[2]]
-        settings.append(
-            ObservedSetting(
-                setting=setting,
-                forward_seconds=float(max(pair[0][0] for pair in quartiles)),
-                backward_seconds=float(max(pair[1][0] for pair in quartiles)),
-                spread=float((slowest[0][2] + slowest[1][2] - low) / low) if low > 0 else 0.0,
-                kept_bytes=max(kept) if kept else None,
-                passes=sum(len(entry[0]) for entry in found),
-            )
-        )
+        for update, seconds in records.optimizers.items():
+            if len(seconds) < LEAST_PASSES:
+                left_out.add(f"optimizer: fewer than {LEAST_PASSES} steps")
+            else:
+                by_update[update].append(typical(seconds)[0])
     medians = [
         float(np.median([seconds for seconds, _ in records.steps])) for records in ranks if records.steps
     ]
@@ -192,10 +214,29 @@ def _together(ranks: list[_RankRecords]) -> ObservedJob:
         provenance=ranks[0].provenance,
         started=ranks[0].started,
         ranks=len(ranks),
-        settings=tuple(settings),
+        pp=ranks[0].pp,
+        settings=tuple(_setting(setting, found) for setting, found in by_setting.items()),
+        optimizers=tuple(
+            ObservedStep(tensors=tensors, parameters=parameters, updated=updated, zero=zero, seconds=max(found))
+            for (tensors, parameters, updated, zero), found in by_update.items()
+        ),
         left_out=tuple(sorted(left_out)),
         step_seconds=max(medians) if medians else None,
         peak_bytes=max((peak for records in ranks for _, peak in records.steps), default=0),
+    )
+
+
+def _setting(setting: Setting, by_rank: list[_Samples]) -> ObservedSetting:
+    """One setting over the ranks that saw enough of it."""
+    forward, backward = ([typical(samples[phase]) for samples in by_rank] for phase in (0, 1))
+    kept = [int(np.median(samples[2])) for samples in by_rank if samples[2]]
+    return ObservedSetting(
+        setting=setting,
+        forward_seconds=max(seconds for seconds, _ in forward),
+        backward_seconds=max(seconds for seconds, _ in backward),
+        spread=max(spread for _, spread in (*forward, *backward)),
+        kept_bytes=max(kept) if kept else None,
+        passes=sum(len(samples[0]) for samples in by_rank),
     )
 
 
@@ -204,4 +245,5 @@ def words(setting: Setting) -> str:
     part, tp, sequence_parallel, recompute, size = setting
     split = "" if sequence_parallel is SequenceParallel.NONE else f" {sequence_parallel.value}"
     again = "" if recompute is Recompute.NONE else f", recompute {recompute.value}"
-    return f"layer {part}, tp {tp}{split}{again}, micro-batch {size}"
+    name = part if part in (EMBEDDING, HEAD) else f"layer {part}"
+    return f"{name}, tp {tp}{split}{again}, micro-batch {size}"

@@ -13,15 +13,19 @@ from megatron.core.utils import unwrap_model
 
 from galvatron_megatron.describe.model import Model
 from galvatron_megatron.describe.observation import FORMAT
+from galvatron_megatron.describe.profile import EMBEDDING, HEAD
 from galvatron_megatron.describe.profile_key import layer_digest, shape_digest
 from galvatron_megatron.device import on_cpu
 from galvatron_megatron.errors import GalvatronError
 from galvatron_megatron.integration.job_model import job_model
+from galvatron_megatron.profiler.few_layers import last_norm
 from galvatron_megatron.profiler.process_group import gather
 from galvatron_megatron.profiler.switches import switches_of
 from galvatron_megatron.profiler.topology import facts_of_this_rank, provenance_of_ranks
-from galvatron_megatron.runtime.observe import JobObserver
-from galvatron_megatron.runtime.observed_strategy import observed_strategy
+from galvatron_megatron.runtime.attach import attached
+from galvatron_megatron.runtime.observe import JobObserver, ObservedChunk, ObservedParts
+from galvatron_megatron.runtime.observed_strategy import observed_base, observed_optimizer, observed_strategy
+from galvatron_megatron.runtime.zero import is_left_to_megatron
 
 
 class Observation:
@@ -61,9 +65,10 @@ class Observation:
         path = self._directory / f"observed-rank{args.rank}.jsonl"
         JobObserver(path, self._begin).install(training)
 
-    def _begin(self, chunks: list[Any]) -> tuple[dict[str, Any], list[tuple[torch.nn.Module, dict[str, Any]]]]:
-        """The record of the job and the layers of this rank; all ranks call this together."""
+    def _begin(self, chunks: list[Any]) -> ObservedParts:
+        """What the job is and what this rank has of it; all ranks call this together."""
         args = self._args
+        plan = attached().plan if attached() is not None else None
         backend = "gloo" if on_cpu() else args.distributed_backend
         everyone = gather((facts_of_this_rank(), datetime.now(UTC).isoformat()))
         provenance = provenance_of_ranks(
@@ -74,17 +79,40 @@ class Observation:
             "format": FORMAT,
             "started": everyone[0][1],
             "rank": args.rank,
+            "pp": args.pipeline_model_parallel_size,
             "fingerprint": provenance.fingerprint(),
             "provenance": asdict(provenance),
         }
+        modules = unwrap_model(chunks)
+        base = observed_base(args, zero=0 if plan is None else plan.base.zero)
+        return ObservedParts(
+            header=header,
+            chunks=[self._chunk(module, base) for module in modules],
+            optimizer=observed_optimizer(
+                modules, args, is_stock=plan is None or is_left_to_megatron(plan, args)
+            ),
+            gathers=bool(args.overlap_param_gather),
+            reduces=bool(args.overlap_grad_reduce),
+        )
+
+    def _chunk(self, module: torch.nn.Module, base: dict[str, Any]) -> ObservedChunk:
         layers = []
-        for chunk in unwrap_model(chunks):
-            for position, module in enumerate(chunk.decoder.layers):
-                index = module.layer_number - 1
-                about = {
-                    "layer": index,
-                    "part": layer_digest(self._model.layers[index]),
-                    **observed_strategy(module, args, position=position),
-                }
-                layers.append((module, about))
-        return header, layers
+        for position, layer in enumerate(module.decoder.layers):
+            index = layer.layer_number - 1
+            about = {
+                "part": layer_digest(self._model.layers[index]),
+                "layer": index,
+                **observed_strategy(layer, self._args, position=position),
+            }
+            layers.append((layer, about))
+        norm = last_norm(module.decoder)
+        head = {"part": HEAD, **base}
+        if norm is None:
+            head["left_out"] = head["left_out"] or "no final norm says where it begins"
+        return ObservedChunk(
+            module=module,
+            layers=layers,
+            embedding={"part": EMBEDDING, **base} if module.pre_process else None,
+            head=head if module.post_process else None,
+            norm=norm,
+        )

@@ -63,7 +63,7 @@ def test_memory_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["--folds", "1"], "--folds: 1"),
         (["--output", "/none/c.yaml"], "--output /none/c.yaml: directory /none does not exist"),
         (["--output", "c.txt"], "--output c.txt: unknown kind of file; valid: a name that ends with .yaml"),
-        ([], "No such file"),
+        ([], "none.csv: does not exist"),
     ],
 )
 def test_bad_requests(

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -85,68 +85,144 @@ def test_reductions_and_gathers_of_neighbours_are_under_way_while_activations_mo
         assert not any(move["gathered"] for move in mistaken["exchanges"])
 
 
-def observed(directory, name, *stages, **options):
-    """A case whose layers are watched."""
-    return case(name, "modern", "tp1", *stages, observe=str(directory / name), **options)
+OBSERVED_STEPS, WRITTEN = 5, 3
+"""Steps of an observed job, and those of them that are written."""
+OBSERVED = {
+    # name: base layout, layers by stage and chunk, and the rest of the case
+    "differing": ("tp1", [["tp1", "tp2+megatron recompute-full", "tp4", "tp2+ulysses"]], {}),
+    "tensor": ("tp2+megatron zero1", [["tp2+megatron zero1"] * 2], {}),
+    # Two layers are recomputed together in every chunk.
+    "overlapped": (
+        "tp1 zero1",
+        [["tp1 zero1 recompute-full"] * 2] * 4,
+        {"pp": 2, "virtual": 2, "micro_batches": 4},
+    ),
+}
+ARGUMENTS = {
+    "differing": {},
+    "tensor": {},
+    "overlapped": {
+        **dict.fromkeys(("overlap-grad-reduce", "overlap-param-gather"), True),
+        "recompute-granularity": "full",
+        "recompute-method": "uniform",
+        "recompute-num-layers": 2,
+    },
+}
 
 
-def records_of(directory, name, rank):
-    lines = (directory / name / f"observed-rank{rank}.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def test_layers_are_observed_with_and_without_a_plan(ranks, tmp_path):
-    steps, written = 5, 3
-    arguments = {"train-iters": steps}
-    ways = {
-        "differing": ["tp1", "tp2+megatron recompute-full", "tp4", "tp2+ulysses"],
-        "stock": ["tp1"] * 4,
-    }
-    recomputed = {**arguments, "recompute-granularity": "full", "recompute-method": "uniform"}
-    cases = [
-        observed(tmp_path, "differing", ways["differing"], arguments=arguments),
-        observed(
-            tmp_path,
-            "stock",
-            *(["tp1"] * 2,) * 2,
-            pp=2,
-            detached=True,
-            arguments={**recomputed, "recompute-num-layers": 2},
-        ),
-    ]
-    for made in cases:
+@pytest.fixture(scope="module")
+def observed(ranks, tmp_path_factory):
+    """What the ranks of every job wrote: by name and rank, the job's record and the others."""
+    directory = tmp_path_factory.mktemp("observed")
+    found = {}
+    for name, (base, stages, options) in OBSERVED.items():
+        made = case(
+            name,
+            "modern",
+            base,
+            *stages,
+            observe=str(directory / name),
+            detached=name != "differing",
+            arguments={"train-iters": OBSERVED_STEPS, **ARGUMENTS[name]},
+            **options,
+        )
         ranks(4).run(train, made)
-    for rank in range(4):
-        job, *records = records_of(tmp_path, "differing", rank)
-        assert job["record"] == "job" and job["rank"] == rank
+        files = [directory / name / f"observed-rank{rank}.jsonl" for rank in range(4)]
+        lines = [list(map(json.loads, file.read_text().splitlines())) for file in files]
+        found[name] = [(job, records) for job, *records in lines], read_observed(files)[0]
+    return found
+
+
+def of_kind(records, kind):
+    return [record for record in records if record["record"] == kind]
+
+
+def parts_of(records):
+    """Records of parts by layer, ``embedding`` or ``head``; of every step that is written there is one."""
+    found = defaultdict(list)
+    for record in of_kind(records, "part"):
+        found[record.get("layer", record["part"])].append(record)
+    steps = list(range(OBSERVED_STEPS - WRITTEN + 1, OBSERVED_STEPS + 1))
+    assert all([record["step"] for record in entries] == steps for entries in found.values())
+    return found
+
+
+def how(record):
+    return tuple(record[name] for name in ("tp", "sequence_parallel", "recompute", "micro_batch_size"))
+
+
+def passes(entries):
+    """How many forward and backward passes of a part every step wrote."""
+    times = [(entry["forward_seconds"], entry["backward_seconds"]) for entry in entries]
+    assert all(seconds > 0 for pair in times for series in pair for seconds in series)
+    (counts,) = {tuple(map(len, pair)) for pair in times}
+    return counts
+
+
+def test_layers_that_differ_are_observed(observed):
+    for rank, (job, records) in enumerate(observed["differing"][0]):
+        assert job["record"] == "job" and job["rank"] == rank and job["pp"] == 1
         assert job["provenance"]["ranks_per_node"] == 4 and job["provenance"]["software"]
-        layers = [record for record in records if record["record"] == "layer"]
-        assert Counter((entry["step"], entry["layer"]) for entry in layers) == {
-            (step, layer): 1 for step in range(steps - written + 1, steps + 1) for layer in range(4)
+        parts = parts_of(records)
+        assert {part: how(entries[0]) for part, entries in parts.items()} == {
+            "embedding": (1, "none", "none", 1),
+            0: (1, "none", "none", 1),
+            1: (2, "megatron", "full", 2),
+            2: (4, "none", "none", 4),
+            3: (2, "ulysses", "none", 2),
+            "head": (1, "none", "none", 1),
         }
-        for entry in layers:
-            assert len(entry["forward_seconds"]) == len(entry["backward_seconds"]) == 2
-            assert min(*entry["forward_seconds"], *entry["backward_seconds"]) > 0
-        seen = {e["layer"]: (e["tp"], e["sequence_parallel"], e["recompute"]) for e in layers}
-        assert seen == {
-            0: (1, "none", "none"),
-            1: (2, "megatron", "full"),
-            2: (4, "none", "none"),
-            3: (2, "ulysses", "none"),
+        assert {passes(entries) for entries in parts.values()} == {(2, 2)}
+        left_out = {part: entries[0]["left_out"] for part, entries in parts.items()}
+        assert left_out["embedding"] == left_out[0] == left_out["head"] == ""
+        assert "resharding" in left_out[1]
+        steps = of_kind(records, "step")
+        assert all(r["seconds"] > 0 and r["peak_bytes"] > 0 for r in steps) and len(steps) == WRITTEN
+        assert all("optimizers of their own" in r["left_out"] for r in of_kind(records, "optimizer"))
+
+
+def test_tensor_and_sequence_parallel_layers_and_the_optimizer_are_observed(observed):
+    by_rank, job = observed["tensor"]
+    for _, records in by_rank:
+        parts = parts_of(records)
+        assert set(parts) == {"embedding", 0, 1, "head"}
+        assert {(*how(r[0]), r[0]["left_out"], passes(r)) for r in parts.values()} == {
+            (2, "megatron", "none", 2, "", (2, 2))
         }
-        assert layers[0]["left_out"] == "" and "resharding" in layers[1]["left_out"]
-        step_records = [record for record in records if record["record"] == "step"]
-        assert all(r["seconds"] > 0 and r["peak_bytes"] > 0 for r in step_records)
-        assert len(step_records) == written
-        # Two layers are recomputed together in each stage: their repeated forward is part of the backward pass.
-        _, *records = records_of(tmp_path, "stock", rank)
-        layers = [record for record in records if record["record"] == "layer"]
-        assert {entry["layer"] for entry in layers} == ({0, 1} if rank < 2 else {2, 3})
-        assert {(entry["recompute"], entry["left_out"]) for entry in layers} == {("full", "")}
-        assert {len(entry["forward_seconds"]) for entry in layers} == {2}
-        assert {len(entry["backward_seconds"]) for entry in layers} == {2}
-    (job,) = read_observed([tmp_path / "stock" / f"observed-rank{rank}.jsonl" for rank in range(4)])
-    assert job.ranks == 4 and job.step_seconds > 0
-    (found,) = job.settings
-    assert found.passes == 4 * 2 * 2 * written
-    assert found.backward_seconds > found.forward_seconds
+        for step, update in zip(of_kind(records, "step"), of_kind(records, "optimizer"), strict=True):
+            inside = [
+                sum(entry["forward_seconds"] + entry["backward_seconds"])
+                for entry in of_kind(records, "part")
+                if entry["step"] == step["step"]
+            ]
+            # Nothing counts twice: all parts and the optimizer are less than the step that they are in.
+            assert update["seconds"] > 0
+            assert update["seconds"] + sum(inside) < step["seconds"]
+    assert job.ranks == 4 and job.step_seconds > 0 and job.left_out == ()
+    assert sorted(setting.passes for setting in job.settings) == [4 * 2 * WRITTEN] * 2 + [4 * 2 * 2 * WRITTEN]
+    (update,) = job.optimizers
+    # Half of the 64 padded rows of width 32, twice; final norm; two layers of norms and of halved matrices.
+    layer = 2 * 32 + (4 * 32 * 32 + 3 * 32 * 64) // 2
+    assert update.parameters == 2 * 64 * 32 // 2 + 32 + 2 * layer
+    assert (update.zero, update.updated) == (1, update.parameters // 2)
+
+
+def test_of_interleaved_stages_only_passes_beside_no_collective_are_taken(observed):
+    by_rank, job = observed["overlapped"]
+    for rank, (_, records) in enumerate(by_rank):
+        parts = parts_of(records)
+        stage = rank // 2
+        first, second = ([2 * stage, 2 * stage + 1], [4 + 2 * stage, 4 + 2 * stage + 1])
+        ends = ["embedding"] if stage == 0 else ["head"]
+        assert set(parts) == {*first, *second, *ends}
+        assert {how(parts[layer][0]) for layer in (*first, *second)} == {(1, "none", "full", 1)}
+        # Four micro-batches. Two pass through the first chunk before the second one begins, with the last
+        # parameters to be gathered; that one has reduced its gradients when two are left for the first.
+        assert [passes(parts[layer]) for layer in (*first, *second)] == [(2, 2)] * 2 + [(3, 3)] * 2
+        assert passes(parts[ends[0]]) == ((2, 2) if stage == 0 else (3, 3))
+        assert all("stages" in entry["left_out"] for entry in of_kind(records, "optimizer"))
+    (layers,) = [found for found in job.settings if found.setting[3].value == "full"]
+    assert job.pp == 2 and layers.passes == 4 * 2 * (2 + 3) * WRITTEN
+    assert {found.setting[0] for found in job.settings} > {"embedding", "head"}
+    # What is recomputed is part of the backward pass.
+    assert layers.backward_seconds > layers.forward_seconds
