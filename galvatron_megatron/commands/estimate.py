@@ -12,6 +12,7 @@ from galvatron_megatron.commands.plan_file import read_plan_file
 from galvatron_megatron.cost.analytic import AnalyticCostModel
 from galvatron_megatron.cost.count_source import CountSource
 from galvatron_megatron.cost.estimate import Estimate, TermCostModel, estimate_plan, simulate_estimate
+from galvatron_megatron.cost.host_memory import HostUse
 from galvatron_megatron.cost.measured import MeasuredCostModel
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.schedule import ScheduleKind
@@ -111,6 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
     model, plan, options, name = _what(arguments, cluster)
     costs = _costs(arguments, model, cluster, plan, options)
     estimate = _estimate(plan, costs)
+    host = HostUse.of(plan, costs, cluster)
     console = terminal()
     if arguments.compare is not None:
         other = _checked(
@@ -131,11 +133,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.trace is not None:
         write_chrome_trace(simulation, arguments.trace)
     if arguments.json:
-        document = estimate_document(estimate, cluster, simulation)
-        document["fits"] = estimate.peak_bytes <= memory_bytes
+        document = estimate_document(estimate, cluster, simulation, host)
+        document["fits"] = estimate.peak_bytes <= memory_bytes and host.fits
         print(json.dumps(document, indent=2))
         return 0
-    print_estimate(console, f"{name} on {_place(cluster, plan)}", estimate, cluster, memory_bytes, simulation)
+    title = f"{name} on {_place(cluster, plan)}"
+    print_estimate(console, title, estimate, cluster, memory_bytes, simulation, host)
     if arguments.trace is not None:
         console.print(f"schedule written to {arguments.trace}")
     return 0

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from galvatron_megatron.commands.device_memory import usable_memory_bytes
 from galvatron_megatron.commands.search_prices import prices_of
 from galvatron_megatron.cost.analytic import AnalyticCostModel
+from galvatron_megatron.cost.host_memory import host_memory_bytes
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.protocol import CostModel
 from galvatron_megatron.describe.cluster import Cluster
@@ -180,7 +181,7 @@ def run(arguments: argparse.Namespace) -> int:
             result, note = search_within_hosts(
                 request,
                 cost_model,
-                0 if cluster.host is None else int(cluster.host.memory_gib * 2**30),
+                host_memory_bytes(cluster),
                 lambda asked: rerank(search(asked, cost_model, progress=bar.show), asked, cost_model),
             )
         else:

@@ -1,9 +1,46 @@
 """What a plan keeps in the memory of a node."""
 
+from dataclasses import dataclass
+
 from galvatron_megatron.cost.estimate import TermCostModel
 from galvatron_megatron.cost.protocol import Setting
+from galvatron_megatron.describe.cluster import Cluster
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.strategy import Offload
+
+_GIB = 2**30
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class HostUse:
+    """What a plan keeps in host memory beside what there is of it."""
+
+    kept_bytes: int
+    """Offloaded states on the node that has the most of them."""
+    node_bytes: int
+    """Memory of a node; 0 where it is not known."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits; an unknown memory holds everything."""
+        return not self.node_bytes or self.kept_bytes <= self.node_bytes
+
+    @staticmethod
+    def of(plan: Plan, cost_model: TermCostModel, cluster: Cluster) -> "HostUse":
+        """What a plan keeps on the nodes of a cluster.
+
+        Args:
+            plan: the plan.
+            cost_model: prices of its model.
+            cluster: that it is made for.
+        """
+        kept = node_host_bytes(plan, cost_model, cluster.devices_per_node)
+        return HostUse(kept_bytes=kept, node_bytes=host_memory_bytes(cluster))
+
+
+def host_memory_bytes(cluster: Cluster) -> int:
+    """Host memory of a node in bytes, 0 where the cluster does not say it."""
+    return 0 if cluster.host is None else int(cluster.host.memory_gib * _GIB)
 
 
 def node_host_bytes(plan: Plan, cost_model: TermCostModel, devices_per_node: int) -> int:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from galvatron_megatron.cost.estimate import Estimate, StageEstimate
+from galvatron_megatron.cost.host_memory import HostUse
 from galvatron_megatron.cost.schedule import Simulation
 from galvatron_megatron.cost.terms import Term
 from galvatron_megatron.describe.cluster import Calibration, Cluster
@@ -35,8 +36,16 @@ def memory_confidence(calibration: Calibration) -> str:
     )
 
 
-def estimate_document(estimate: Estimate, cluster: Cluster, simulation: Simulation | None = None) -> dict:
-    """The estimate as plain values: seconds, bytes and GB (2**30 bytes), one entry per pipeline rank."""
+def estimate_document(
+    estimate: Estimate,
+    cluster: Cluster,
+    simulation: Simulation | None = None,
+    host: HostUse | None = None,
+) -> dict:
+    """The estimate as plain values: seconds, bytes and GB (2**30 bytes), one entry per pipeline rank.
+
+    Host memory is of the node that keeps most.
+    """
     calibration = cluster.calibration
     document: dict[str, object] = {
         "step_seconds": estimate.step_seconds,
@@ -64,6 +73,9 @@ def estimate_document(estimate: Estimate, cluster: Cluster, simulation: Simulati
             ]
             for stage in estimate.stages
         ]
+    if host is not None and host.kept_bytes:
+        document["host_memory_gb"] = host.kept_bytes / _GIB
+        document["host_memory_fits"] = host.fits if host.node_bytes else None
     if simulation is not None:
         document["simulated_step_seconds"] = simulation.step_seconds + estimate.overhead_seconds
         document["simulated_peak_gb"] = [
@@ -95,6 +107,7 @@ def print_estimate(
     cluster: Cluster,
     memory_bytes: int,
     simulation: Simulation | None = None,
+    host: HostUse | None = None,
 ) -> None:
     """Prints totals, then the terms of time and of memory of the slowest and of the fullest pipeline rank."""
     table = Table(title=title, show_header=False, title_justify="left")
@@ -113,6 +126,8 @@ def print_estimate(
         "memory of the fullest rank",
         f"{estimate.peak_bytes / _GIB:.2f} GB, {'fits' if fits else 'DOES NOT FIT'} in {limit}",
     )
+    if host is not None and host.kept_bytes:
+        table.add_row("host memory of the fullest node", _host_words(host))
     table.add_row("confidence in memory", memory_confidence(cluster.calibration))
     console.print(table)
     slowest = max(range(len(estimate.stages)), key=lambda rank: estimate.stages[rank].seconds)
@@ -125,6 +140,13 @@ def print_estimate(
     console.print(_terms_table(f"memory, pipeline rank {fullest}", memory.memory_terms, 1 / _GIB, "GB"))
     if len(estimate.stages) > 1:
         console.print(_stage_table(estimate))
+
+
+def _host_words(host: HostUse) -> str:
+    kept = f"{host.kept_bytes / _GIB:.2f} GB"
+    if not host.node_bytes:
+        return f"{kept}; what a node has is not known (host.memory_gib in the cluster file says it)"
+    return f"{kept}, {'fits' if host.fits else 'DOES NOT FIT'} in {host.node_bytes / _GIB:.1f} GB"
 
 
 def _terms_table(title: str, terms: Sequence[Term], scale: float, unit: str) -> Table:

@@ -11,7 +11,7 @@ from galvatron_megatron.cost.records.values import uniform_plan
 from galvatron_megatron.describe.model_file import read_model, write_model
 from galvatron_megatron.describe.profile_store import write_profile
 from galvatron_megatron.plan.serialization import write_plan
-from galvatron_megatron.plan.strategy import SequenceParallel, Strategy
+from galvatron_megatron.plan.strategy import Offload, SequenceParallel, Strategy
 from tests.profiles import small_model, small_profile
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -54,6 +54,48 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for stage in document["stages"]:
         assert sum(term["value"] for term in stage["memory_terms"]) == pytest.approx(stage["peak_bytes"])
         assert {term["source"] for term in stage["micro_batch_terms"]} == {"modelled"}
+
+
+def test_offloaded_states_are_held_against_the_memory_of_a_node(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = read_model(MODEL)
+    plan = uniform_plan(
+        model,
+        Strategy(dp=8, zero=3, offload=Offload.PARAMETERS),
+        pp=2,
+        micro_batch_size=1,
+        micro_batches=8,
+    )
+    write_plan(plan, tmp_path / "p.yaml")
+    layer = model.layers[0].parameter_count(model.hidden_size, model.normalization)
+    text = CLUSTER.read_text()
+    found = {}
+    for gib in (1000, 40, 0):
+        cluster = tmp_path / f"{gib}.yaml"
+        host = f"host: {{gb_per_second: 25.0, memory_gb_per_second: 20.0, memory_gib: {gib}}}"
+        cluster.write_text(_without_host(text) + host + "\n")
+        words = ["estimate", str(tmp_path / "p.yaml"), "--model", str(MODEL), "--cluster", str(cluster)]
+        assert main([*words, "--nodes", "2", "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        # One stage a node: 18 bytes of half of the layers and of an embedding or a head.
+        least = 18 * 16 * layer / 2**30
+        assert least < document["host_memory_gb"] < least + 18 * 2 * 32000 * 4096 / 2**30
+        assert main([*words, "--nodes", "2"]) == 0
+        found[gib] = (document["fits"], document["host_memory_fits"], capsys.readouterr().out)
+    assert [found[gib][:2] for gib in (1000, 40, 0)] == [(True, True), (False, False), (True, None)]
+    assert "DOES NOT FIT in 40.0 GB" in found[40][2] and "fits in 1000.0 GB" in found[1000][2]
+    assert "what a node has is not known" in found[0][2]
+
+
+def _without_host(text: str) -> str:
+    """A cluster file without its hosts, to which others are added."""
+    kept, inside = [], False
+    for line in text.splitlines(keepends=True):
+        inside = line.startswith("host:") or (inside and line.startswith(" "))
+        if not inside:
+            kept.append(line)
+    return "".join(kept)
 
 
 def test_command_line_equals_its_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
