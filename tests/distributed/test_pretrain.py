@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 from jobs import SIZES, SMALL, deepspeed, hand_words, run_ranks, torchrun
 
+from galvatron_megatron.cli import main
+from galvatron_megatron.cost.estimate import estimate_plan
 from galvatron_megatron.cost.measured import MeasuredCostModel
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.describe.megatron_args import model_from_arguments, parse_command_line
@@ -23,6 +25,11 @@ from galvatron_megatron.search.request import SearchRequest
 pytestmark = pytest.mark.distributed
 
 
+def observed_in(directory):
+    """Where the planned job writes what its parts took."""
+    return directory.parent / "observed"
+
+
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     """A planned job on two ranks, with the directory its profile and plan are kept in."""
@@ -31,6 +38,7 @@ def planned(tmp_path_factory):
     saved = directory.parent / "plan.yaml"
     words = ["--galvatron-auto", "--galvatron-profile-dir", str(directory), "--galvatron-uniform"]
     extra = ["--galvatron-report", str(report), "--galvatron-save-plan", str(saved)]
+    extra += ["--galvatron-observe", str(observed_in(directory))]
     job = torchrun(2, [str(SMALL), *SIZES, *words, *extra])
     assert job.codes == [0], job.text[-3000:]
     return directory, words, job, report, saved
@@ -158,9 +166,34 @@ def test_the_deepspeed_launcher_gives_the_same_plan_and_losses(planned, tmp_path
     assert two.losses == pytest.approx(job.losses, abs=1e-5)
 
 
-def test_a_read_only_store_serves_where_it_holds_everything_and_is_refused_where_not(planned, tmp_path):
-    directory, words, _, _, _ = planned
+def predicted_text(profile, plan):
+    """How a job shows the step time of a plan under a profile."""
+    model = model_from_arguments(parse_command_line(SIZES))
+    costs = MeasuredCostModel(model, cluster_from_ranks(profile), profile, RunOptions(implementation="local"))
+    return f"predicted: {estimate_plan(plan, costs).step_seconds * 1e3:.1f} ms a step"
+
+
+def test_what_a_job_observed_is_merged_and_a_read_only_store_with_it_serves_the_next_search(
+    planned, tmp_path, capsys
+):
+    directory, words, _, report, _ = planned
     (profile_file,) = directory.glob("profile-*.json")
+    shutil.copy(profile_file, tmp_path)
+    merge = ["calibrate", str(observed_in(directory)), "--profile-dir", str(tmp_path), "--json"]
+    assert main(merge) == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    assert told["ranks"] == 2 and told["step_seconds"] > 0
+    before = from_json(profile_file.read_text(), "before")
+    profile_file = tmp_path / profile_file.name
+    merged = from_json(profile_file.read_text(), "merged")
+    plan = plan_from_dict(json.loads(report.read_text())["plan"])
+    observed = {point.part for point in merged.parts if point.source == "observed"}
+    # A job with a pipeline has the tied weight twice and waits in its optimizer.
+    alone = plan.pp == 1
+    assert len(observed) == (3 if alone else 1) and ({"embedding", "head"} < observed) == alone
+    assert any(step.source == "observed" for step in merged.steps) == alone
+    assert predicted_text(merged, plan) != predicted_text(before, plan)
+    assert merged.collectives == before.collectives
     store = tmp_path / "store"
     store.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(store)]
@@ -170,9 +203,12 @@ def test_a_read_only_store_serves_where_it_holds_everything_and_is_refused_where
         shutil.copy(profile_file, store)
         subprocess.run(["mount", "-o", "remount,ro", str(store)], check=True)
         there = [*words, "--galvatron-profile-dir", str(store), "--galvatron-plan-only"]
-        job = run_ranks(2, [str(SMALL), *SIZES, *there])
+        new = tmp_path / "new.yaml"
+        job = run_ranks(2, [str(SMALL), *SIZES, *there, "--galvatron-save-plan", str(new)])
         assert job.codes == [0, 0] and "plan (searched)" in job.text, job.text[-3000:]
         assert "note: this plan is not kept" in job.text and "Read-only file system" in job.text
+        chosen = read_plan(new)
+        assert predicted_text(merged, chosen) in job.text
         lacking = run_ranks(2, [str(SMALL), *SIZES, *there, "--hidden-size", "128"])
         assert lacking.codes == [EXIT_CODE, EXIT_CODE], lacking.text[-3000:]
         # Every rank says the same, in a line of its own.
