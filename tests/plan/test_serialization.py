@@ -54,23 +54,37 @@ JUNK = st.one_of(
 )
 
 
+def without_defaults(strategy: dict) -> dict:
+    """A strategy without what is written only where it says something; null says that it was left out."""
+    shards = 1 if strategy["sequence_parallel"] == "ulysses" else strategy["tp"]
+    silent = {"expert_parallel": (1,), "expert_tensor_parallel": (None, shards), "offload": ("none",)}
+    return {key: value for key, value in strategy.items() if value not in silent.get(key, ())}
+
+
 def with_defaults(document: dict) -> dict:
-    """A document as ``plan_to_dict`` would write it: nothing left out, equal neighbours in one run."""
+    """A document as ``plan_to_dict`` would write it: equal neighbours in one run, the usual fields in full."""
     strategy = {"tp": 1, "sequence_parallel": "none", "cp": 1, "dp": 1, "zero": 0, "recompute": "none"}
     stages = []
     for stage in document["stages"]:
         runs: list[dict] = []
         for entry in stage:
-            run = {"count": 1, **strategy, **entry}
+            run = {"count": 1, **without_defaults({**strategy, **entry})}
             if runs and {**runs[-1], "count": 0} == {**run, "count": 0}:
                 runs[-1]["count"] += run["count"]
             else:
                 runs.append(run)
         stages.append(runs)
     prints = {"model": "", "cluster": "", "profile": "", **document.get("fingerprints", {})}
-    return {"virtual_stages": 1, **document, "base": strategy | document["base"], "stages": stages} | {
-        "fingerprints": prints
-    }
+    base = without_defaults(strategy | document["base"])
+    return {"virtual_stages": 1, **document, "base": base, "stages": stages, "fingerprints": prints}
+
+
+def test_null_and_what_goes_without_saying_are_as_left_out() -> None:
+    document = plan_to_dict(PLAN)
+    silent = {"expert_parallel": 1, "expert_tensor_parallel": 2, "offload": "none"}
+    for spoken in (silent, {**silent, "expert_tensor_parallel": None}):
+        again = {**document, "base": {**document["base"], **spoken}}
+        assert plan_to_dict(plan_from_dict(again)) == with_defaults(again) == document
 
 
 @settings(max_examples=300)
