@@ -38,6 +38,7 @@ from galvatron_megatron.profiler.needs import ProfileNeeds, tensor_degrees
 from galvatron_megatron.profiler.session import profile_live_ranks
 from galvatron_megatron.profiler.switches import switches_of
 from galvatron_megatron.profiler.topology import facts_of_this_rank, software_versions
+from galvatron_megatron.runtime.support import CHANGING_BATCH
 from galvatron_megatron.runtime.zero import zero_backend
 from galvatron_megatron.search.decision_tree import Space
 from galvatron_megatron.search.engine import search
@@ -111,8 +112,10 @@ class JobPlanner:
                 f"--num-distributed-optimizer-instances {args.num_distributed_optimizer_instances}: a job "
                 "measures optimizers sharded over all replicas; valid: 1"
             )
-        if getattr(args, "rampup_batch_size", None):
-            raise GalvatronError("--rampup-batch-size is not planned for; valid: a fixed --global-batch-size")
+        for name in CHANGING_BATCH:
+            if getattr(args, name, None):
+                flag = f"--{name.replace('_', '-')}"
+                raise GalvatronError(f"{flag}: is not planned for; valid: a fixed --global-batch-size")
         if args.global_batch_size is None:
             raise GalvatronError(
                 "--global-batch-size: missing; a plan is made for a batch; valid: an integer >= 1"

@@ -96,6 +96,9 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
 )
 """Argument, when it is in the way, what it stands for, and what to give instead."""
 
+CHANGING_BATCH = ("rampup_batch_size", "step_batch_size_schedule", "decrease_batch_size_if_needed")
+"""Arguments by which the number of micro-batches changes during a run, or differs from what the others say."""
+
 
 def check_supported(plan: Plan, args: Any) -> None:
     """Refuses what the runtime cannot execute exactly.
@@ -107,6 +110,7 @@ def check_supported(plan: Plan, args: Any) -> None:
     Raises:
         UnsupportedPlanError: with what is in the way, why, and what to change.
     """
+    _check_fixed_batch(plan, args)
     if is_left_to_megatron(plan, args):
         return
     release = version("megatron-core")
@@ -130,6 +134,19 @@ def check_supported(plan: Plan, args: Any) -> None:
     _check_base(plan, args)
     for index in range(len(plan.layers)):
         _check_layer(index, plan, args)
+
+
+def _check_fixed_batch(plan: Plan, args: Any) -> None:
+    """Every step has the plan's micro-batches, whoever runs it."""
+    for name in CHANGING_BATCH:
+        value = getattr(args, name, None)
+        if value:
+            shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            raise UnsupportedPlanError(
+                f"--{name.replace('_', '-')} ({shown}): a plan has one number of micro-batches, "
+                f"{plan.micro_batches} here, for all steps; valid: leave it out, "
+                f"with --global-batch-size {plan.global_batch_size}"
+            )
 
 
 def _check_arguments(args: Any) -> None:

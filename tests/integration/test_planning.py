@@ -27,11 +27,12 @@ from galvatron_megatron.integration.planning import JobPlanner
 from galvatron_megatron.plan.constraints import Constraints
 
 answers = []
-for line, plan_file in json.loads(sys.argv[1]):
+for line, plan_file, changes in json.loads(sys.argv[1]):
     words = line.split()
     options = Options(plan_file=Path(plan_file) if plan_file else None)
     try:
-        planner = JobPlanner(Namespace(**parse_command_line(words)), {}, options, words, None, None)
+        args = Namespace(**{**parse_command_line(words), **changes})
+        planner = JobPlanner(args, {}, options, words, None, None)
         answers.append("")
     except GalvatronError as error:
         answers.append(str(error))
@@ -66,13 +67,19 @@ LINES = {
     "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1": "--expert-tensor-parallel-size 1: a job",
     "--num-distributed-optimizer-instances 2": "--num-distributed-optimizer-instances 2: a job measures",
 }
+CHANGING_BATCH = {
+    "rampup_batch_size": [4, 4, 100],
+    "step_batch_size_schedule": "0:8 1K:16",
+    "decrease_batch_size_if_needed": True,
+}
 
 
 @pytest.fixture(scope="module")
 def answers() -> list:
     """What the planner says, from a process of its own: it imports torch and megatron."""
-    lines = [(f"{SIZES} {flags}", "") for flags in LINES]
-    lines.append((f"{SIZES} --expert-model-parallel-size 2", "plan.yaml"))
+    lines = [(f"{SIZES} {flags}", "", {}) for flags in LINES]
+    lines += [(SIZES, "", {name: value}) for name, value in CHANGING_BATCH.items()]
+    lines.append((f"{SIZES} --expert-model-parallel-size 2", "plan.yaml", {}))
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(lines)],
         capture_output=True,
@@ -90,6 +97,11 @@ def test_degrees_that_are_not_measured_are_refused(answers: list, flags: str) ->
     answer = answers[list(LINES).index(flags)]
     assert answer.startswith(LINES[flags]) if LINES[flags] else not answer
     assert not answer or "; valid: " in answer
+
+
+def test_numbers_of_micro_batches_that_change_are_refused(answers: list) -> None:
+    for name, answer in zip(CHANGING_BATCH, answers[len(LINES) :], strict=False):
+        assert answer.startswith(f"--{name.replace('_', '-')}: is not planned for; valid: ")
 
 
 def test_a_plan_file_may_share_out_experts(answers: list) -> None:

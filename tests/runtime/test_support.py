@@ -91,6 +91,25 @@ def test_arguments_in_the_way_are_named(name, value):
     assert "\n" not in text
 
 
+@pytest.mark.parametrize("layers", [(ONE, TWO), (ONE, ONE)], ids=["differing", "alike"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rampup_batch_size", [8, 8, 100]),
+        ("step_batch_size_schedule", "0:16 1K:32"),
+        ("decrease_batch_size_if_needed", True),
+    ],
+)
+def test_a_number_of_micro_batches_that_changes_is_refused(name, value, layers):
+    """Also where Megatron's own code runs all layers: the plan has one number."""
+    with pytest.raises(UnsupportedPlanError) as error:
+        check_supported(plan(*layers), arguments(**{name: value}))
+    text = str(error.value)
+    assert text.startswith(f"--{name.replace('_', '-')} (") and "2 here, for all steps" in text
+    assert "valid: leave it out, with --global-batch-size 16" in text and "\n" not in text
+    check_supported(plan(*layers), arguments(**{name: None}))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("tensor_model_parallel_size", 2), ("global_batch_size", 32), ("use_distributed_optimizer", True)],
