@@ -18,7 +18,6 @@ What it cannot do: CUDA graphs, Transformer Engine, fused kernels, NCCL. They ar
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -139,17 +138,16 @@ class CpuDevice:
     def _disable_compile(self) -> None:
         self._compile_variable = os.environ.get("TORCHDYNAMO_DISABLE")
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
-        # Megatron's modules may be imported already, and their functions wrapped.
-        dynamo = import_module("torch._dynamo.config")
-        self._compile_was_disabled = dynamo.disable
-        dynamo.disable = True
+        # Megatron's modules may be imported already, and their functions wrapped; a wrapped function asks for
+        # the stance first, while dynamo.config.disable is looked at behind tables that know torch's own names.
+        self._stance = torch.compiler.set_stance("force_eager")
 
     def _restore_compile(self) -> None:
         if self._compile_variable is None:
             os.environ.pop("TORCHDYNAMO_DISABLE", None)
         else:
             os.environ["TORCHDYNAMO_DISABLE"] = self._compile_variable
-        import_module("torch._dynamo.config").disable = self._compile_was_disabled
+        self._stance.__exit__(None, None, None)
 
     def uninstall(self) -> None:
         """Puts everything back; does nothing where it is not installed."""

@@ -47,6 +47,26 @@ def test_cuda_means_cpu_inside_and_nothing_stays_behind():
         torch.ones(2, device="cuda")
 
 
+def test_what_was_wrapped_by_the_compiler_before_runs_as_it_is(monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    compiled = []
+
+    def compiler(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    def double(values):
+        return 2 * values
+
+    wrapped = torch.compile(double, backend=compiler)
+    with CpuDevice():
+        assert torch.equal(wrapped(torch.ones(2)), torch.full((2,), 2.0))
+        assert torch.compile(double, backend=compiler)(torch.ones(()) + 1) == 4
+    assert not compiled
+    wrapped(torch.ones(2))
+    assert compiled
+
+
 def test_it_is_installed_once_and_can_be_removed():
     assert cpu_device.installed() is None
     try:
