@@ -17,11 +17,11 @@ from galvatron_megatron.runtime.groups import (
     block_sets,
     context_sets,
     expert_sets,
+    megatron_sets,
     planned_sets,
     replica_group,
     replica_sets,
     tensor_group,
-    tensor_sets,
 )
 from galvatron_megatron.runtime.layout import Layout, block_ranks
 from galvatron_megatron.runtime.random_streams import RandomStreams
@@ -121,9 +121,10 @@ class RuntimeContext:
         megatron = ProcessGroupCollection.use_mpu_process_groups()
         minutes = getattr(args, "distributed_timeout_minutes", None)
         registry = GroupRegistry(timeout=timedelta(minutes=minutes) if minutes else None)
-        registry.adopt(tensor_sets(plan.base.tp, stage_ranks, world_size), megatron.tp)
-        registry.adopt(replica_sets(plan.base.tp, stage_ranks, world_size), megatron.dp_cp)
-        registry.adopt(replica_sets(stage_ranks, world_size, world_size), megatron.pp)
+        experts = {"expert_parallel": megatron.ep.size(), "expert_tensor_parallel": megatron.expt_tp.size()}
+        base = replace(plan.base, **experts)
+        for name, sets in megatron_sets(base, world_size).items():
+            registry.adopt(sets, getattr(megatron, name))
         registry.create(planned_sets(plan))
         rank = dist.get_rank() % stage_ranks
         stage = parallel_state.get_pipeline_model_parallel_rank()

@@ -90,6 +90,28 @@ def planned_sets(plan: Plan) -> tuple[RankSet, ...]:
     return tuple(sets)
 
 
+def megatron_sets(base: Strategy, world_size: int) -> dict[str, tuple[RankSet, ...]]:
+    """Sets of ranks for which Megatron has a communicator that a plan can use, by names of its collections.
+
+    Those inside a stage: no layer needs any other. Megatron has several for some of these sets; the first name
+    stands for them (without base context and expert parallelism ``tp_cp`` has the sets of ``tp``, ``dp`` those
+    of ``dp_cp``, ``ep`` and ``gtp_remat`` those of ``cp``, ``tp_ep`` those of ``expt_tp``).
+
+    Args:
+        base: the base layout, whose experts are shared out as Megatron's arguments say.
+        world_size: ranks of the job.
+    """
+    stage = base.ranks
+    return {
+        "tp": tuple(tensor_sets(base.tp, stage, world_size)),
+        "dp_cp": tuple(replica_sets(base.tp, stage, world_size)),
+        "tp_dp_cp": tuple(replica_sets(1, stage, world_size)),
+        "cp": tuple(tensor_sets(1, stage, world_size)),
+        "expt_tp": tuple(tensor_sets(base.expert_shards, stage, world_size)),
+        "expt_dp": tuple(replica_sets(base.expert_ranks, stage, world_size)),
+    }
+
+
 class GroupRegistry:
     """Communicators by rank set.
 

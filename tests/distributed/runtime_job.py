@@ -36,6 +36,7 @@ from megatron.training.argument_utils import (
 from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
 from runtime_cases import CLIP
+from runtime_communicators import created_again, record_communicators
 from runtime_memory import measure_at_norm
 from runtime_mutations import MUTATIONS
 from runtime_overlap import watch_resharding
@@ -372,7 +373,8 @@ def run_case(case: dict) -> dict:
     set_global_variables(args)
     real_step, real_setup = training.train_step, training.setup_model_and_optimizer
     real_iterators = training.build_train_valid_test_data_iterators
-    models, undone = [], []
+    models, undone, communicators = [], [], []
+    undone.append(record_communicators(communicators))
     if case.get("mutation"):
         undone.append(MUTATIONS[case["mutation"]]())
     if case.get("detached"):
@@ -420,13 +422,15 @@ def run_case(case: dict) -> dict:
         attachment = attach.attached()
         seen["planned"] = not is_left_to_megatron(plan, args)
         if seen["planned"]:
-            seen["created"] = [list(ranks) for ranks in attachment.context.registry.created]
+            seen["created"] = sum(ours for _, ours in communicators)
             seen["received_bytes"] = attachment.context.traffic.received_bytes
         seen["weights"] = gather_weights(models)
         seen["copies_differ"] = copies_differ(models)
-        losses = [None] * world_size
+        losses, again = [None] * world_size, [None] * world_size
         dist.all_gather_object(losses, seen["losses"])
         seen["losses"] = next((values for values in losses if values), [])
+        dist.all_gather_object(again, created_again(communicators, world_size))
+        seen["created_again"] = sorted({ranks for found in again for ranks in found})
     finally:
         training.train_step, training.setup_model_and_optimizer = real_step, real_setup
         training.build_train_valid_test_data_iterators = real_iterators

@@ -7,6 +7,7 @@ import torch
 
 from galvatron_megatron.runtime import data_parallel, layers
 from galvatron_megatron.runtime.data_parallel import PlannedDataParallel
+from galvatron_megatron.runtime.groups import GroupRegistry
 from galvatron_megatron.runtime.optimizer import PlannedOptimizer
 from galvatron_megatron.runtime.resharding import Resharder
 from galvatron_megatron.runtime.zero import ZeroPart
@@ -107,6 +108,11 @@ def late_gathers():
     return _replace(data_parallel, "_gather_ahead", lambda module, parts: None)
 
 
+def unknown_groups():
+    """Megatron's own groups are not used."""
+    return _replace(GroupRegistry, "adopt", lambda self, sets, group: None)
+
+
 def unscaled_balance():
     """Losses of routers summed over a layer's own data-parallel ranks, averaged over the base's."""
     return _replace(layers, "experts_config", lambda config, context: config)
@@ -120,6 +126,7 @@ MUTATIONS = {
         stale_resharding,
         dropped_gradient,
         replicas_counted,
+        unknown_groups,
         unscaled_balance,
         late_gathers,
         zero_scale,

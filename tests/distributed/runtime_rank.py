@@ -53,7 +53,11 @@ def weight_difference(weights, expected):
 
 
 def assert_same_training(seen, expected, steps=slice(None), tolerance=1e-5, *, weights=True):
-    """Losses, gradient norms and final weights agree, and all copies of a weight are equal to the bit."""
+    """Losses, gradient norms and final weights agree, and all copies of a weight are equal to the bit.
+
+    No plan has a communicator of its own over ranks that have one already.
+    """
+    assert not seen["created_again"], "communicators that were there"
     assert relative(seen["losses"], expected["losses"][steps]) < tolerance
     assert relative(seen["norms"], expected["norms"][steps]) < tolerance
     assert seen["copies_differ"] == 0.0

@@ -1,5 +1,9 @@
-"""Resharding between every pair of layouts on real ranks: right values, right gradients, minimum bytes."""
+"""Resharding between every pair of layouts on real ranks: right values, right gradients, minimum bytes.
 
+On eight ranks also the communicators of plans, whose stages are there large enough for sets of all kinds.
+"""
+
+from argparse import Namespace
 from itertools import product
 
 import pytest
@@ -73,3 +77,73 @@ def test_every_pair(ranks, world_size, bits):
         for (source, target), seen in zip(product(layouts, layouts), received, strict=True):
             missing = cells(target, rank) - cells(source, rank)
             assert seen == len(missing) * HIDDEN * bits // 8, (source, target)
+
+
+EIGHT = [
+    # base layout, layers by stage
+    ("tp2", [["tp4", "tp2+megatron", "tp1"], ["tp4+ulysses", "tp1 zero1", "tp2"]]),
+    ("tp2 zero1", [["tp1 cp4", "tp2 cp2"], ["tp2+megatron cp2 zero3", "tp2"]]),
+    ("tp1", [["tp4 zero2"], ["tp2"], ["tp2+ulysses"], ["tp1"]]),  # interleaved on two pipeline ranks
+    ("tp4", [["tp2", "tp8", "tp1 cp2"]]),
+    ("tp2", [["tp1 ep4", "tp4+megatron ep2 etp2"], ["tp2 etp1 ep4", "tp1 ep2"]]),
+]
+
+
+def create_groups_of_plans(rank, world_size):
+    """Creates what each plan needs beside Megatron's groups.
+
+    Returns:
+        By plan: what was created again, what was created, and what the plan needs that Megatron has not.
+    """
+    from megatron.core import parallel_state
+    from runtime_communicators import created_again, record_communicators
+    from runtime_job import strategy_of
+
+    from galvatron_megatron.plan.layer_kind import LayerKind
+    from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
+    from galvatron_megatron.runtime.context import RuntimeContext
+    from galvatron_megatron.runtime.groups import GroupRegistry, planned_sets
+
+    def create(base, stages, pp):
+        found, kind = [], LayerKind.MOE_BLOCK if "ep" in str(stages) else LayerKind.BLOCK
+        per_stage = world_size // pp
+        layers = [[LayerPlan(kind=kind, strategy=strategy_of(w, per_stage)) for w in stage] for stage in stages]
+        plan = Plan(
+            pp=pp,
+            virtual_stages=len(stages) // pp,
+            micro_batch_size=per_stage,
+            micro_batches=2 * pp,
+            base=strategy_of(base, per_stage),
+            stages=tuple(StagePlan(layers=tuple(stage)) for stage in layers),
+        )
+        undo = record_communicators(found)
+        try:
+            parallel_state.initialize_model_parallel(plan.base.tp, pp, create_gloo_process_groups=False)
+            context = RuntimeContext.create(plan, Namespace(seed=1))
+            for index in range(len(plan.layers)):
+                context.layer(index)  # needs nothing but what was created
+            context.destroy()
+        finally:
+            undo()
+            parallel_state.destroy_model_parallel()
+        megatrons = {ranks for ranks, ours in found if not ours} | {tuple(range(world_size))}
+        created = sorted(ranks for ranks, ours in found if ours)
+        return created_again(found, world_size), created, sorted(set(planned_sets(plan)) - megatrons)
+
+    answers = [create(base, stages, min(2, len(stages))) for base, stages in EIGHT]
+    adopt, GroupRegistry.adopt = GroupRegistry.adopt, lambda self, sets, group: None
+    try:
+        return answers, create(*EIGHT[0], 2)
+    finally:
+        GroupRegistry.adopt = adopt
+
+
+def test_megatrons_communicators_are_used_where_they_are(ranks):
+    results = ranks(8).run(create_groups_of_plans)
+    for rank, (answers, alone) in enumerate(results):
+        for (base, stages), (again, created, missing) in zip(EIGHT, answers, strict=True):
+            assert not again, (base, stages)
+            assert created == missing, (base, stages)
+        assert [len(created) for _, created, _ in answers] == [0, 0, 8, 6, 0]
+        # Megatron made one for the whole stage of four ranks for itself; without it there would be two.
+        assert tuple(range(4 * (rank // 4), 4 * (rank // 4) + 4)) in alone[0]
