@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "search": {"cost", "describe", "plan", "errors"},
     "report": {"search", "cost", "describe", "plan", "errors"},
     "device": set(),
-    "runtime": {"plan", "errors", "device"},
+    "host_adam": {"errors", "device"},
+    "runtime": {"plan", "errors", "device", "host_adam"},
     # The stand-ins under which Megatron's layers can be built without a GPU live with the CPU back end.
     "profiler": {
         "cost",
@@ -28,6 +29,7 @@ MAY_IMPORT = {
         "plan",
         "errors",
         "device",
+        "host_adam",
         "integration.cpu_device",
         "integration.local_hybrid_spec",
     },

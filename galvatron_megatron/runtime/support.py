@@ -6,12 +6,12 @@ from importlib.util import find_spec
 from typing import Any
 
 from galvatron_megatron.errors import UnsupportedPlanError
+from galvatron_megatron.host_adam import missing_to_step_on_host
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.runnable import execution_problem
 from galvatron_megatron.plan.strategy import Offload, SequenceParallel, Strategy
 from galvatron_megatron.runtime.zero import is_left_to_megatron, uses_deepspeed, zero_backend
-from galvatron_megatron.runtime.zero_offload import missing_to_step_on_host
 
 SUPPORTED_MEGATRON = ("0.19",)
 """Release series of megatron-core whose seams the hooks were tested with."""

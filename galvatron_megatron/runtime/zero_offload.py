@@ -1,32 +1,14 @@
-"""Who steps states that lie in host memory, named in one place.
+"""The optimizer of states in host memory, and how optimizers count their steps."""
 
-On CUDA DeepSpeed's Adam for hosts, which is compiled at first use (minutes, once per machine); on CPU ranks the
-host is the device, and Megatron's own choice (torch's Adam) steps there.
-"""
-
-import os
-from shutil import which
 from typing import Any
 
 import torch
 
-from galvatron_megatron.device import on_cpu
-from galvatron_megatron.errors import UnsupportedPlanError
-
-
-def missing_to_step_on_host() -> str | None:
-    """What is not installed of that which DeepSpeed's Adam for hosts is compiled with; None for nothing.
-
-    Asked before the model is built, as compiling starts only after that.
-    """
-    if on_cpu():
-        return None
-    tools = {"C++ compiler": os.environ.get("CXX", "c++"), "ninja": "ninja"}
-    return next((name for name, command in tools.items() if which(command) is None), None)
+from galvatron_megatron.host_adam import host_adam
 
 
 def host_optimizer(param_groups: list[dict[str, Any]], config: Any) -> torch.optim.Optimizer:
-    """DeepSpeed's Adam over parameters in host memory.
+    """Adam over parameters in host memory.
 
     Args:
         param_groups: with Megatron's settings by parameter.
@@ -35,22 +17,14 @@ def host_optimizer(param_groups: list[dict[str, Any]], config: Any) -> torch.opt
     Raises:
         UnsupportedPlanError: it cannot be compiled here.
     """
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    try:
-        return DeepSpeedCPUAdam(
-            param_groups,
-            lr=config.lr or 0.0,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-            adamw_mode=config.decoupled_weight_decay,
-        )
-    except RuntimeError as error:
-        raise UnsupportedPlanError(
-            f"plan offload: DeepSpeed's Adam for hosts cannot be compiled here ({error.__cause__ or error}); "
-            "valid: install a C++ compiler and ninja, or offload none"
-        ) from error
+    return host_adam(
+        param_groups,
+        lr=config.lr or 0.0,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        decoupled=config.decoupled_weight_decay,
+    )
 
 
 def step_count(optimizer: Any, steps: int = 0) -> torch.Tensor | int | None:
