@@ -5,6 +5,9 @@ from itertools import pairwise
 STEPS, FEWER, LONG = 6, 4, 10
 """Steps of a plan held against the reference, whose loss falls by 5 % in them; of plans beside those; of the
 reference itself and of jobs that stop halfway."""
+EVERY = 2
+"""Steps between two evaluations, of jobs that evaluate."""
+EVALUATION = {"eval-iters": 2, "eval-interval": EVERY}
 CLIP = 0.8
 """Gradient norm to which gradients are clipped: below all norms that occur."""
 
@@ -113,7 +116,8 @@ def case(name, model, base, *stages, pattern=None, **options):
 
 def reference(model):
     """The same model on one rank of stock Megatron."""
-    options = {"arguments": {"train-iters": LONG}, "weights_after": (FEWER, STEPS)}
+    evaluation = EVALUATION if model == "modern" else {}
+    options = {"arguments": {"train-iters": LONG, **evaluation}, "weights_after": (FEWER, STEPS)}
     return case(f"reference-{model}", model, "tp1", ["tp1"] * 4, **options)
 
 
@@ -162,7 +166,7 @@ FEATURES = (
         "modern",
         "tp1 zero1",
         ["tp1 zero1", "tp2 zero1", "tp4+megatron", "tp4+ulysses zero1"],
-        arguments={"overlap-grad-reduce": True, "overlap-param-gather": True},
+        arguments={"overlap-grad-reduce": True, "overlap-param-gather": True, **EVALUATION},
     ),
     case("unclipped", "unclipped", "tp2", MIXED),
     case("token-loss", "token-loss", "tp1", MIXED),
@@ -188,6 +192,7 @@ FEATURES = (
         ["tp1", "tp2 recompute-selective"],
         ["tp2+megatron", "tp1 recompute-full"],
         pp=2,
+        arguments=EVALUATION,
     ),
     case("pipeline-uneven", "modern", "tp1", ["tp2+megatron", "tp1", "tp2"], ["tp1 zero1"], pp=2),
     case("pipeline-split", "modern", "tp2+megatron zero1", ["tp1", "tp2"], ["tp2+ulysses", "tp1 zero1"], pp=2),
@@ -227,7 +232,14 @@ FEATURES = (
         pp=2,
         virtual=2,
         micro_batch=1,
-        arguments={"overlap-grad-reduce": True},
+        arguments={"overlap-grad-reduce": True, **EVALUATION},
+    ),
+    case(
+        "evaluated-between-shards",
+        "modern",
+        "tp2 zero1",
+        ["tp1 zero3 recompute-full", "tp2+megatron zero2", "tp4 zero3", "tp2+ulysses zero1"],
+        arguments={"overlap-grad-reduce": True, "overlap-param-gather": True, **EVALUATION},
     ),
     case("hybrid", "hybrid", "tp1", ["tp1", "tp2", "tp4+megatron", "tp2+megatron"]),
     case("hybrid-attention-apart", "hybrid", "tp2", ["tp4+ulysses", "tp1", "tp4", "tp2 zero1"]),

@@ -191,13 +191,20 @@ def arguments(case: dict, plan: Plan) -> list[str]:
 
 
 class Tokens(torch.utils.data.Dataset):
-    """Sequences in which the next token mostly follows from the last: something to learn."""
+    """Sequences in which the next token mostly follows from the last: something to learn.
+
+    Args:
+        first: number of the first sequence.
+    """
+
+    def __init__(self, first: int = 0) -> None:
+        self.first = first
 
     def __len__(self) -> int:
         return 10_000
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        generator = np.random.default_rng(index)
+        generator = np.random.default_rng(self.first + index)
         tokens = [int(generator.integers(VOCABULARY - 4))]
         for noise in generator.random(SEQUENCE):
             step = 7 * tokens[-1] + 3 if noise < 0.8 else int(noise * 1000)
@@ -215,7 +222,7 @@ class Tokens(torch.utils.data.Dataset):
 
 
 def datasets(_samples, vp_stage=None):
-    return Tokens(), None, None
+    return Tokens(), Tokens(first=10_000), None
 
 
 datasets.is_distributed = True
@@ -360,7 +367,7 @@ def run_case(case: dict) -> dict:
     """Trains one case and returns losses, gradient norms, zero counts and the final weights."""
     world_size = dist.get_world_size()
     plan = plan_of(case, world_size)
-    seen = {"losses": [], "norms": [], "zeros": [], "skipped": [], "weights_after": {}}
+    seen = {"losses": [], "norms": [], "zeros": [], "skipped": [], "evaluated": [], "weights_after": {}}
     # Without asynchronous saving only this process uses the queue; Megatron would start a process to serve it.
     filesystem_async._results_queue = queue.Queue()
     sys.argv = ["job", *arguments(case, plan)]
@@ -372,6 +379,7 @@ def run_case(case: dict) -> dict:
         setattr(args, name, value)
     set_global_variables(args)
     real_step, real_setup = training.train_step, training.setup_model_and_optimizer
+    real_evaluate = training.evaluate
     real_iterators = training.build_train_valid_test_data_iterators
     models, undone, communicators = [], [], []
     undone.append(record_communicators(communicators))
@@ -403,7 +411,14 @@ def run_case(case: dict) -> dict:
             seen["weights_after"][len(seen["skipped"])] = gather_weights(models)
         return result
 
+    def evaluate(*arguments_, **options):
+        result = real_evaluate(*arguments_, **options)
+        if result[0]:
+            seen["evaluated"].append(float(result[0]["lm loss"]))
+        return result
+
     training.train_step, training.setup_model_and_optimizer = step, setup
+    training.evaluate = evaluate
     if case.get("universal"):
         go_on_from(Path(case["universal"]), training, args)
     training.build_train_valid_test_data_iterators = build_iterators_without_drawing(real_iterators)
@@ -426,13 +441,16 @@ def run_case(case: dict) -> dict:
             seen["received_bytes"] = attachment.context.traffic.received_bytes
         seen["weights"] = gather_weights(models)
         seen["copies_differ"] = copies_differ(models)
-        losses, again = [None] * world_size, [None] * world_size
-        dist.all_gather_object(losses, seen["losses"])
-        seen["losses"] = next((values for values in losses if values), [])
+        for name in ("losses", "evaluated"):
+            known = [None] * world_size
+            dist.all_gather_object(known, seen[name])
+            seen[name] = next((values for values in known if values), [])
+        again = [None] * world_size
         dist.all_gather_object(again, created_again(communicators, world_size))
         seen["created_again"] = sorted({ranks for found in again for ranks in found})
     finally:
         training.train_step, training.setup_model_and_optimizer = real_step, real_setup
+        training.evaluate = real_evaluate
         training.build_train_valid_test_data_iterators = real_iterators
         for undo in undone:
             undo()

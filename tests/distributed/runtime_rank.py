@@ -1,7 +1,7 @@
 """What the runtime's distributed tests ask of ranks and remember of it; Megatron is imported on ranks only."""
 
 import numpy as np
-from runtime_cases import LONG, MODELS, reference
+from runtime_cases import EVERY, LONG, MODELS, reference
 
 _references = {}
 
@@ -28,7 +28,10 @@ def expected_of(ranks, made):
     """What the reference saw in as many steps as a case has, its weights after them included."""
     seen, steps = references(ranks)[made["model"]], made["arguments"]["train-iters"]
     weights = seen["weights"] if steps == LONG else seen["weights_after"][steps]
-    return {key: seen[key][:steps] for key in ("losses", "norms", "skipped")} | {"weights": weights}
+    found = {key: seen[key][:steps] for key in ("losses", "norms", "skipped")}
+    if made["arguments"].get("eval-iters"):
+        found["evaluated"] = seen["evaluated"][: steps // EVERY]
+    return found | {"weights": weights}
 
 
 def relative(values, expected):
@@ -55,11 +58,15 @@ def weight_difference(weights, expected):
 def assert_same_training(seen, expected, steps=slice(None), tolerance=1e-5, *, weights=True):
     """Losses, gradient norms and final weights agree, and all copies of a weight are equal to the bit.
 
-    No plan has a communicator of its own over ranks that have one already.
+    So do the losses of evaluations, where there are any. No plan has a communicator of its own over ranks that
+    have one already.
     """
     assert not seen["created_again"], "communicators that were there"
     assert relative(seen["losses"], expected["losses"][steps]) < tolerance
     assert relative(seen["norms"], expected["norms"][steps]) < tolerance
+    if "evaluated" in expected and steps == slice(None):
+        # One more when the job is over, on other samples than the reference's next.
+        assert relative(seen["evaluated"][:-1], expected["evaluated"]) < tolerance
     assert seen["copies_differ"] == 0.0
     if weights:
         assert weight_difference(seen["weights"], expected["weights"]) < tolerance
