@@ -7,6 +7,7 @@ from galvatron_megatron.cost.compute import element_bytes
 from galvatron_megatron.cost.measured_points import NOT_MEASURED, CurveTable, PartCost, PartTable
 from galvatron_megatron.cost.measured_states import StatePrices
 from galvatron_megatron.cost.memory import parameter_bytes, state_bytes
+from galvatron_megatron.cost.offload import kept_on_device
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.protocol import LayerCost, Setting
 from galvatron_megatron.cost.resharding import Layout, reshard_transfer
@@ -65,9 +66,7 @@ class MeasuredCostModel:
         self._layer = lru_cache(maxsize=None)(self._price_layer)
         self._moved = lru_cache(maxsize=None)(self._price_move)
         self._ends = lru_cache(maxsize=None)(self._price_end)
-        self._states = StatePrices(
-            profile, self._curves, self._element, self.options, cluster.constants.overlap_slowdown
-        )
+        self._states = StatePrices(profile, self._curves, self._element, self.options, cluster)
 
     # The protocol.
 
@@ -105,6 +104,11 @@ class MeasuredCostModel:
     def has_optimizer(self, zero: int) -> bool:
         """Whether an optimizer was measured that tells the time of a ZeRO stage."""
         return self._states.has_step(Strategy(zero=zero))
+
+    @property
+    def prices_offloading(self) -> bool:
+        """Whether a step over states in host memory was measured, and the way there."""
+        return self._states.has_step(Strategy(zero=1, offload=Offload.OPTIMIZER))
 
     @property
     def send_source(self) -> str:
@@ -196,7 +200,7 @@ class MeasuredCostModel:
             return NOT_MEASURED
         if strategy != strategy.without_experts:
             return NOT_MEASURED
-        if not self._states.has_step(strategy) or strategy.offload is not Offload.NONE:
+        if not self._states.has_step(strategy):
             return NOT_MEASURED
         return self._parts.lookup(part, strategy.tp, kind, recompute, samples)
 
@@ -294,14 +298,21 @@ class MeasuredCostModel:
             Term(name=f"{what} {phase}", value=seconds * share, source=found.source)
             for phase, seconds in zip((FORWARD, BACKWARD), computing, strict=True)
         ]
+        fetching, source = self._states.fetching(parameters, strategy)
+        fetching *= share
         forward, backward = (
-            computed.value + sharded.value for computed, sharded in zip(terms, sharding, strict=True)
+            computed.value + sharded.value + fetching for computed, sharded in zip(terms, sharding, strict=True)
         )
+        sharding += [
+            Term(name=f"{phase} offloading", value=fetching, source=source) for phase in (FORWARD, BACKWARD)
+        ]
         transient = found.transient_bytes + self._states.transient_bytes(
             parameters, strategy, len(self.model.layers), borrowed=borrowed
         )
         slack = 1 + self.cluster.constants.memory_slack
-        state = state_bytes(parameters, strategy.zero, strategy.state_replicas, self._element)
+        state = kept_on_device(
+            state_bytes(parameters, strategy.zero, strategy.state_replicas, self._element), strategy
+        )
         kept = round(found.activation_bytes * slack)
         cost = LayerCost(
             micro_batch_seconds=forward + backward,
@@ -322,6 +333,7 @@ class MeasuredCostModel:
                 Term(name="optimizer states", value=state.optimizer),
             ),
             activation_terms=(Term(name=f"{what} activations", value=kept, source=found.source),),
+            host_bytes=self._states.host_bytes(parameters, strategy),
         )
 
     def _modules(self, part: str, strategy: Strategy) -> int:

@@ -2,6 +2,7 @@
 
 from galvatron_megatron.cost.measured_points import CurveTable, fit_steps
 from galvatron_megatron.cost.memory import ElementBytes, Share
+from galvatron_megatron.cost.offload import host_bytes, host_traffic, link_seconds, link_source
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.overlap import exposed_seconds
 from galvatron_megatron.cost.sharded_states import (
@@ -15,8 +16,9 @@ from galvatron_megatron.cost.sharded_states import (
 )
 from galvatron_megatron.cost.sharding import BACKWARD, FORWARD, REDUCTION, UPDATE
 from galvatron_megatron.cost.terms import Term
+from galvatron_megatron.describe.cluster import Cluster
 from galvatron_megatron.describe.profile import Profile
-from galvatron_megatron.plan.strategy import Strategy
+from galvatron_megatron.plan.strategy import Offload, Strategy
 
 REDUCING, GATHERING = "gradient reduction", "parameter gathering"
 """Names of terms."""
@@ -30,23 +32,35 @@ class StatePrices:
         curves: its collectives.
         element: bytes of one parameter by purpose.
         options: switches of the job.
-        slowdown: of computation and communication while both run.
+        cluster: of the live ranks, with the bandwidth between devices and their hosts.
     """
 
     def __init__(
-        self, profile: Profile, curves: CurveTable, element: ElementBytes, options: RunOptions, slowdown: float
+        self,
+        profile: Profile,
+        curves: CurveTable,
+        element: ElementBytes,
+        options: RunOptions,
+        cluster: Cluster,
     ) -> None:
         self._curves = curves
         self._element = element
         self._options = options
-        self._slowdown = slowdown
+        self._cluster = cluster
+        self._slowdown = cluster.constants.overlap_slowdown
         self._steps = {
             zero: fit_steps([point for point in profile.steps if point.zero == zero])
             for zero in {point.zero for point in profile.steps}
         }
+        self._host_step = fit_steps(profile.host_steps) if profile.host_steps else None
 
     def has_step(self, strategy: Strategy) -> bool:
-        """Whether an optimizer was measured whose step tells the time of this strategy's."""
+        """Whether an optimizer was measured whose step tells the time of this strategy's.
+
+        States in host memory also need the bandwidth of the way there.
+        """
+        if strategy.offload is not Offload.NONE:
+            return self._host_step is not None and self._cluster.host is not None
         return min(strategy.zero, 1) in self._steps
 
     def _shares(self, parameters: int, strategy: Strategy) -> tuple[Share, ...]:
@@ -69,7 +83,8 @@ class StatePrices:
     def once_per_step(self, parameters: int, tensors: int, strategy: Strategy, sent: Sent) -> list[Term]:
         """Gradient reduction, optimizer and parameter gathering of some parameters of one rank, in this order.
 
-        Stages 2 and 3 update a shard as stage 1 does, whose step stands for theirs.
+        Stages 2 and 3 update a shard as stage 1 does, whose step stands for theirs. Where the host updates it,
+        its gradients go there before and its weights come back after, unless they stay.
 
         Args:
             parameters: of the rank.
@@ -77,13 +92,33 @@ class StatePrices:
             strategy: how their states are kept.
             sent: of these parameters.
         """
-        updated = parameters / strategy.state_replicas if strategy.zero else parameters
-        step = self._steps[min(strategy.zero, 1)].seconds(tensors, updated)
         return [
             Term(name=REDUCING, value=sent.get((REDUCTION, REDUCE), 0.0), source="measured"),
-            Term(name="optimizer", value=step, source="modelled" if strategy.zero > 1 else "measured"),
+            *self._update(parameters, tensors, strategy),
             Term(name=GATHERING, value=sent.get((UPDATE, GATHER), 0.0), source="measured"),
         ]
+
+    def _update(self, parameters: int, tensors: int, strategy: Strategy) -> list[Term]:
+        updated = parameters / strategy.state_replicas if strategy.zero else parameters
+        if strategy.offload is Offload.NONE:
+            step = self._steps[min(strategy.zero, 1)].seconds(tensors, updated)
+            return [Term(name="optimizer", value=step, source="modelled" if strategy.zero > 1 else "measured")]
+        moved = host_traffic(self._shares(parameters, strategy), strategy, self._element)
+        copies = link_seconds(moved.stored_per_step + moved.returned_per_step, self._cluster)
+        return [
+            # Flat partitions: as many tensors whatever they hold.
+            Term(name="optimizer on the host", value=self._host_step.seconds(1, updated), source="measured"),
+            Term(name="offloading gradients and weights", value=copies, source=link_source(self._cluster)),
+        ]
+
+    def fetching(self, parameters: int, strategy: Strategy) -> tuple[float, str]:
+        """Seconds in which a pass fetches weights from host memory, and where that number comes from."""
+        moved = host_traffic(self._shares(parameters, strategy), strategy, self._element)
+        return link_seconds(moved.fetched_per_pass, self._cluster), link_source(self._cluster)
+
+    def host_bytes(self, parameters: int, strategy: Strategy) -> int:
+        """What a rank keeps of some parameters in host memory."""
+        return host_bytes(self._shares(parameters, strategy), strategy, self._element)
 
     def overlapped(self, terms: list[Term], forward_seconds: float, backward_seconds: float) -> list[Term]:
         """Once-per-step terms where the job overlaps them with computation.

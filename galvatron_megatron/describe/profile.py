@@ -221,6 +221,8 @@ class Profile:
     provenance: Provenance
     parts: tuple[PartPoint, ...] = ()
     steps: tuple[StepPoint, ...] = ()
+    host_steps: tuple[StepPoint, ...] = ()
+    """Of ZeRO 1 with main weights and Adam's states in host memory, without the copies; where asked for."""
     collectives: tuple[CollectiveCurve, ...] = ()
     overlaps: tuple[Overlap, ...] = ()
     speeds: tuple[tuple[str, float], ...] = ()
@@ -273,6 +275,7 @@ class Profile:
             provenance=replace(self.provenance, updated=max(self.provenance.updated, other.provenance.updated)),
             parts=_union(self.parts, other.parts),
             steps=_union(self.steps, other.steps),
+            host_steps=_union(self.host_steps, other.host_steps),
             collectives=_union(self.collectives, other.collectives),
             overlaps=_union(self.overlaps, other.overlaps),
             speeds=other.speeds or self.speeds,

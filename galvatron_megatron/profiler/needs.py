@@ -46,6 +46,8 @@ class ProfileNeeds:
     """Rising. Sizes between two of these are interpolated."""
     zeros: tuple[int, ...] = (0, 1)
     """ZeRO stages whose optimizer step is measured; that of stage 1 tells those of 2 and 3."""
+    host_step: bool = False
+    """Measure a step over states in host memory, too."""
 
     def settings(self) -> list[tuple[Recompute, int]]:
         """(recomputation, micro-batch size) pairs that tell all where nothing is known of the curves.
@@ -78,6 +80,7 @@ class ProfileNeeds:
         sequence_parallel: Sequence[SequenceParallel] | None = None,
         recomputes: Sequence[Recompute] | None = None,
         zeros: Sequence[int] | None = None,
+        host_step: bool = False,
     ) -> "ProfileNeeds":
         """What uniform plans for a job can need; whatever the user has fixed is passed and narrows it.
 
@@ -91,6 +94,7 @@ class ProfileNeeds:
             sequence_parallel: kinds for tp > 1; none and megatron by default.
             recomputes: all three by default.
             zeros: ZeRO stages that the search will consider; all by default.
+            host_step: states may lie in host memory.
         """
         if zeros is not None:
             zeros = sorted({min(zero, HIGHEST_STOCK_ZERO) for zero in zeros})
@@ -103,6 +107,7 @@ class ProfileNeeds:
         return ProfileNeeds(
             tps=tuple(tensor_degrees(model, world_size) if tps is None else sorted(set(tps))),
             micro_batch_sizes=tuple(sorted(sizes)),
+            host_step=host_step,
             **{
                 name: tuple(value)
                 for name, value in (

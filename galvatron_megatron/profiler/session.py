@@ -44,6 +44,7 @@ from galvatron_megatron.profiler.few_layers import (
     parallel_state_of,
     refusal,
 )
+from galvatron_megatron.profiler.host_step import compile_host_step, host_step_sizes, measure_host_step
 from galvatron_megatron.profiler.layers import PartMeasurement
 from galvatron_megatron.profiler.levels import level_notes, place_of_this_rank
 from galvatron_megatron.profiler.lost_ranks import Watchdog, end_process, one_line_errors
@@ -157,6 +158,8 @@ def profile_live_ranks(
     if not any(getattr(arguments, name, False) for name in ("use_torch_fsdp2", "use_megatron_fsdp")):
         # Megatron asks for it with tensor parallelism; it counts until CUDA starts in this process.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if needs.host_step:
+        compile_host_step()
     with (
         megatron_state_restored(),
         _quiet(),
@@ -185,7 +188,7 @@ def profile_live_ranks(
         if run.lacks_anything():
             # Before minutes of measurements; a read-only store that holds all of them serves as it is.
             on_rank_zero(lambda: str(check_directory(directory, lacks="measurements of this job")))
-        if not run.profile.speeds:
+        if run.lacks_speeds():
             progress.at("the speed of the devices")
             with progress.phase("device speed"):
                 places = gather(place_of_this_rank(run.nodes[dist.get_rank()]))
@@ -240,8 +243,13 @@ class _Run:
 
     def lacks_anything(self) -> bool:
         """True where something is to be measured and stored."""
-        complete = self.profile.speeds and not self.missing_curves() and not self.missing_overlaps()
-        return not complete or bool(self.missing_builds())
+        complete = not (self.lacks_speeds() or self.missing_curves() or self.missing_overlaps())
+        return not complete or bool(self.missing_host_steps() or self.missing_builds())
+
+    def lacks_speeds(self) -> bool:
+        """True where the speed of the devices is to be measured, or that of their hosts."""
+        speeds = dict(self.profile.speeds)
+        return not speeds or (self.needs.host_step and "to_host" not in speeds)
 
     def missing_curves(self) -> dict[GroupShape, list[tuple[str, bool]]]:
         """(collective, contention) to measure, by the shape of the groups.
@@ -262,6 +270,14 @@ class _Run:
         """Kinds of collective whose overlap with computation is to be measured."""
         have = {overlap.collective for overlap in self.profile.overlaps}
         return [name for name in OVERLAPPED if name not in have and self._world > 1]
+
+    def missing_host_steps(self) -> tuple[int, ...]:
+        """Numbers of elements with which a step over states in host memory is to be measured."""
+        if not self.needs.host_step:
+            return ()
+        have = {point.updated for point in self.profile.host_steps}
+        wanted = host_step_sizes(self.model.parameter_count(), self._world)
+        return tuple(elements for elements in wanted if elements not in have)
 
     def missing_builds(self) -> list[Build]:
         """Models to build and what to measure on them."""
@@ -301,9 +317,10 @@ class _Run:
     def measure(self) -> None:
         """Measures everything that is missing and stores it piece by piece."""
         curves, overlaps, builds = self.missing_curves(), self.missing_overlaps(), self.missing_builds()
+        host_steps = self.missing_host_steps()
         progress = self.progress
         links = sum(map(len, curves.values())) + len(overlaps)
-        progress.start(links + sum(self._most_measurements(item) for item in builds))
+        progress.start(links + len(host_steps) + sum(self._most_measurements(item) for item in builds))
         with progress.phase("links"):
             for shape, wanted in curves.items():
                 with siblings_of(shape) as siblings:
@@ -313,6 +330,11 @@ class _Run:
             for collective in overlaps:
                 progress.at(f"overlap of {collective} and computation")
                 self.keep(overlaps=(measure_overlap(collective, LEAST_LARGEST_BYTES),))
+                progress.advance()
+        with progress.phase("optimizer"):
+            for elements in host_steps:
+                progress.at(f"a step over {elements} elements in host memory")
+                self.keep(host_steps=(measure_host_step(elements, self.model.precision),))
                 progress.advance()
         with progress.phase("building models"):
             for item in builds:

@@ -21,6 +21,7 @@ from galvatron_megatron.cost.measured import UNAVAILABLE_BYTES, MeasuredCostMode
 from galvatron_megatron.cost.measured_points import CurveTable, PartTable, fit_steps
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.protocol import Setting
+from galvatron_megatron.describe.cluster import Host
 from galvatron_megatron.describe.profile import EMBEDDING, PartPoint, StepPoint
 from galvatron_megatron.describe.profile_key import layer_digest
 from galvatron_megatron.errors import DescriptionError
@@ -34,6 +35,21 @@ DIGEST = layer_digest(MODEL.layers[0])
 
 def costs(**changes: object) -> MeasuredCostModel:
     return MeasuredCostModel(MODEL, FOUR_RANKS, replace(PROFILE, **changes), RunOptions(implementation="local"))
+
+
+HOST = Host(gb_per_second=4.0, memory_gb_per_second=8.0, efficiency=1.0, memory_gib=16.0, source="measured")
+HOST_SECONDS = 1e-8
+"""Per parameter that the host updates."""
+
+
+def host_costs(model=MODEL, profile=PROFILE, **changes: object) -> MeasuredCostModel:
+    steps = tuple(
+        StepPoint(tensors=1, parameters=n, updated=n, zero=1, seconds=1e-4 + n * HOST_SECONDS)
+        for n in (250_000, 1_000_000)
+    )
+    cluster = replace(FOUR_RANKS, host=HOST)
+    profile = replace(profile, **({"host_steps": steps} | changes))
+    return MeasuredCostModel(model, cluster, profile, RunOptions(implementation="local"))
 
 
 def uniform(
@@ -301,6 +317,51 @@ def test_zero_3_gathers_a_tied_embedding_for_the_head_again():
     # Reduced with the layers: no start of its own.
     more = EMBEDDING_PARAMETERS * 4 * PER_BYTE
     assert embedding.backward_seconds - 2e-4 == pytest.approx(embedding.forward_seconds - 1e-4 + more)
+
+
+@pytest.mark.parametrize(
+    ("zero", "offload", "copied", "device", "host"),
+    [
+        # fp32: gradient shard to the host, new weights back, unless they stay there.
+        (1, Offload.OPTIMIZER, 8, 4 + 4, 20 / 4),
+        (2, Offload.OPTIMIZER, 8, 4 + 4 / 4, 20 / 4),
+        (3, Offload.OPTIMIZER, 8, 8 / 4, 16 / 4),
+        (3, Offload.PARAMETERS, 4, 4 / 4, 16 / 4),
+    ],
+)
+def test_states_in_host_memory_are_stepped_there_and_leave_the_device(zero, offload, copied, device, host):
+    strategy = Strategy(dp=4, zero=zero, offload=offload)
+    setting = Setting(pp=1, virtual_stages=1, micro_batch_size=1, micro_batches=8, base=strategy)
+    model = host_costs()
+    assert model.prices_offloading
+    price = model.priced_layer(0, strategy, setting)
+    shard = LAYER_PARAMETERS / 4
+    sync = {term.name: term for term in price.sync_terms}
+    assert "optimizer" not in sync
+    # Four layers of a rank step together: what a step takes before any parameter is paid once.
+    assert sync["optimizer on the host"].value == pytest.approx(1e-4 / 4 + shard * HOST_SECONDS)
+    assert sync["offloading gradients and weights"].value == pytest.approx(shard * copied / 4e9)
+    assert {sync[name].source for name in sync} == {"measured"}
+    assert sum(term.value for term in price.sync_terms) == pytest.approx(price.cost.sync_seconds)
+    assert price.cost.state_bytes == LAYER_PARAMETERS * device
+    assert sum(term.value for term in price.state_terms) == price.cost.state_bytes
+    assert price.host_bytes == LAYER_PARAMETERS * host
+    plain = model.priced_layer(0, replace(strategy, offload=Offload.NONE), setting)
+    fetched = shard * 4 / 4e9 if offload is Offload.PARAMETERS else 0.0
+    assert price.forward_seconds - plain.forward_seconds == pytest.approx(fetched)
+    assert price.backward_seconds - plain.backward_seconds == pytest.approx(fetched)
+    assert sum(term.value for term in price.micro_batch_terms) == pytest.approx(price.cost.micro_batch_seconds)
+    assert plain.host_bytes == 0
+
+
+def test_offloading_has_no_price_without_a_measured_step_or_a_known_host():
+    strategy = Strategy(dp=4, zero=1, offload=Offload.OPTIMIZER)
+    setting = Setting(pp=1, virtual_stages=1, micro_batch_size=1, micro_batches=8, base=strategy)
+    without_host = MeasuredCostModel(MODEL, FOUR_RANKS, host_costs().profile, RunOptions())
+    for model in (host_costs(host_steps=()), without_host):
+        assert not model.prices_offloading
+        assert model.layer_cost(0, strategy, setting).transient_bytes == UNAVAILABLE_BYTES
+        assert model.embedding_cost(setting).transient_bytes == UNAVAILABLE_BYTES
 
 
 def test_what_overlaps_hides_behind_computation():

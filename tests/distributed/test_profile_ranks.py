@@ -59,7 +59,7 @@ def measure(
     arguments = parsed(*more)
     before = dict(vars(arguments))
     model = model_from_arguments(vars(arguments))
-    needs = ProfileNeeds.for_job(model, world_size, 8, micro_batch_sizes=sizes, tps=tps)
+    needs = ProfileNeeds.for_job(model, world_size, 8, micro_batch_sizes=sizes, tps=tps, host_step=True)
     groups = len(dist.distributed_c10d._world.pg_map)
     state = torch.get_rng_state()
     started = time.perf_counter()
@@ -129,6 +129,11 @@ def test_two_ranks_measure_everything_once(ranks, first):
         "send",
     }
     assert {step.zero for step in profile.steps} == {0, 1}
+    # States in host memory: all of a rank's, and a quarter of them.
+    large = -(-model.parameter_count() // 2)
+    small, whole = profile.host_steps
+    assert (small.updated, whole.updated) == (large // 4, large)
+    assert 0 < small.seconds and whole.seconds < 1e-6 * large + 0.1
     again = ranks(2).run(measure, str(directory))
     assert again[0][1] == profile
     assert again[0][3] < first_seconds / 3
