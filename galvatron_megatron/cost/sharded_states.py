@@ -6,8 +6,9 @@ from typing import Protocol
 from galvatron_megatron.cost.memory import ElementBytes, Share
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.overlap import added_seconds
-from galvatron_megatron.cost.sharding import BACKWARD, FORWARD, bucket_elements, sharding_collectives
+from galvatron_megatron.cost.sharding import BACKWARD, FORWARD, sharding_collectives
 from galvatron_megatron.plan.strategy import Offload, Strategy
+from galvatron_megatron.plan.zero_rules import bucket_elements
 
 GATHER, REDUCE = "gather", "reduce"
 """What a collective is for."""
@@ -123,8 +124,11 @@ def transient_bytes(
     if strategy.zero == 3:
         found += (2 * sum(share.parameters for share in shares) + borrowed) * element.weight
     if strategy.zero >= 2:
+        # Of how many elements the largest parameter is, is not known here: at most all of a layer's.
         bucket = sum(
-            bucket_elements(share.parameters, layers, share.sharding, options.bucket_elements)
+            bucket_elements(
+                share.parameters * layers, share.parameters, share.sharding, options.bucket_elements
+            )
             for share in shares
         )
         width = element.weight + (element.gradient if element.gradient != element.weight else 0)

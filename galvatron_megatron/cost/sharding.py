@@ -10,9 +10,6 @@ from galvatron_megatron.plan.strategy import Recompute
 FORWARD, BACKWARD, REDUCTION, UPDATE = "forward", "backward", "reduction", "update"
 """When: in every forward or backward pass of a micro-batch, once per step before or behind the optimizer."""
 
-LEAST_BUCKET = 40_000_000
-"""Elements that Megatron, and the runtime's engines, reduce at once (a million a rank where that is more)."""
-
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class ShardingCollective:
@@ -96,15 +93,3 @@ def operator_kind(name: str) -> str:
     if name.endswith("norm"):
         return "norm"
     return "linear" if any(word in name for word in ("projection", "linear", "output layer", "router")) else ""
-
-
-def bucket_elements(parameters: int, layers: int, replicas: int, wanted: int | None = None) -> int:
-    """Elements of the buffer in which DeepSpeed's classes reduce the gradients of a class of layers.
-
-    Args:
-        parameters: of one layer on one rank.
-        layers: that may be of the class.
-        replicas: ranks that shard it.
-        wanted: elements to reduce at once where the job says so.
-    """
-    return min(parameters * layers, max(wanted or max(LEAST_BUCKET, 1_000_000 * replicas), parameters))

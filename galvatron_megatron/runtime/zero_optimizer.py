@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.optimizer import (
     _get_megatron_optimizer_based_on_param_groups,
     _get_param_groups,
@@ -15,6 +16,7 @@ from megatron.core.tensor_parallel import copy_tensor_model_parallel_attributes
 from megatron.core.utils import unwrap_model
 
 from galvatron_megatron.plan.strategy import Offload
+from galvatron_megatron.plan.zero_rules import bucket_elements, usual_bucket
 from galvatron_megatron.runtime.zero import ZeroPart, import_engines
 from galvatron_megatron.runtime.zero_ahead import FORWARD, GatherAhead
 from galvatron_megatron.runtime.zero_offload import host_optimizer, step_count
@@ -262,11 +264,13 @@ def _gather_ahead(chunk: Any, model: torch.nn.Module) -> GatherAhead:
 
 
 def _bucket_elements(part: ZeroPart, parameters: list[torch.nn.Parameter]) -> int:
-    """Elements reduced at once: Megatron's bucket size, never more than there are."""
-    total = sum(parameter.numel() for parameter in parameters)
-    largest = max(parameter.numel() for parameter in parameters)
-    wanted = part.ddp_config.bucket_size or max(40_000_000, 1_000_000 * part.dp_cp_group.size())
-    return max(2, min(total, max(largest, wanted)))
+    """Elements reduced at once by an engine over some parameters of a class."""
+    sizes = [parameter.numel() for parameter in parameters]
+    # Megatron has put its own default, for the base layout's replicas, where the job says nothing.
+    base = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    asked = part.ddp_config.bucket_size
+    wanted = None if asked == usual_bucket(base) else asked
+    return bucket_elements(sum(sizes), max(sizes), part.dp_cp_group.size(), wanted)
 
 
 def _owning_modules(model: torch.nn.Module, parameters: list[torch.nn.Parameter]) -> list[torch.nn.Module]:

@@ -1,0 +1,33 @@
+"""Sizes that a class of sharded parameters takes, as the runtime sets them and the cost model prices them."""
+
+LEAST_BUCKET = 40_000_000
+"""Elements that Megatron, and with it the engines of ZeRO, reduce at once."""
+BUCKET_PER_RANK = 1_000_000
+"""Elements for every rank that shards them, where that is more."""
+_SMALLEST = 2
+"""DeepSpeed wants buckets of an even number of elements to gather with."""
+
+
+def usual_bucket(replicas: int) -> int:
+    """Elements that Megatron reduces at once where a job does not say.
+
+    Args:
+        replicas: ranks that share them.
+    """
+    return max(LEAST_BUCKET, BUCKET_PER_RANK * replicas)
+
+
+def bucket_elements(parameters: int, largest: int, replicas: int, wanted: int | None = None) -> int:
+    """Elements of the buffer in which DeepSpeed's classes reduce the gradients of a class of parameters.
+
+    Never more than there are, and never less than one parameter has.
+
+    Args:
+        parameters: elements of all parameters of the class in a model chunk of one rank.
+        largest: elements of the largest of them.
+        replicas: ranks that shard the class.
+        wanted: elements to reduce at once where the job says so (``--ddp-bucket-size``).
+    """
+    if not parameters:
+        return 0
+    return max(_SMALLEST, min(parameters, max(wanted or usual_bucket(replicas), largest)))
