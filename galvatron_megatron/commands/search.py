@@ -14,7 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from galvatron_megatron.commands.device_memory import usable_memory_bytes
 from galvatron_megatron.commands.search_prices import prices_of
 from galvatron_megatron.cost.analytic import AnalyticCostModel
-from galvatron_megatron.cost.host_memory import host_memory_bytes
+from galvatron_megatron.cost.host_memory import free_host_bytes
+from galvatron_megatron.cost.measured import MeasuredCostModel
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.protocol import CostModel
 from galvatron_megatron.describe.cluster import Cluster
@@ -39,6 +40,7 @@ from galvatron_megatron.search.explanation import explain
 from galvatron_megatron.search.host_memory import search_within_hosts
 from galvatron_megatron.search.request import UNIFORM_MARGIN, SearchRequest
 from galvatron_megatron.search.reranking import rerank
+from galvatron_megatron.search.result import SearchResult
 
 EPILOG = """\
 examples:
@@ -109,8 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits.add_argument(
         "--offload",
         choices=[Offload.OPTIMIZER.value, Offload.PARAMETERS.value],
-        help="states may lie in host memory: those of the optimizer, or (ZeRO 3) the parameters' as well; for "
-        "galvatron export --deepspeed, jobs under --galvatron-plan keep everything on the device",
+        help="states may lie in host memory: those of the optimizer, or (ZeRO 3) the parameters' as well",
     )
     limits.add_argument("--tp-across-nodes", action="store_true", help="tp groups may span nodes")
     fixed = parser.add_argument_group("decisions made by hand")
@@ -175,18 +176,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.show_space:
         print_space(console, Space(request=request))
         return 0
-    note = None
+    profile = cost_model.profile if isinstance(cost_model, MeasuredCostModel) else None
+    host_bytes = free_host_bytes(cluster, profile, request.memory_bytes)
     with _ProgressBar(quiet=arguments.json) as bar:
-        if isinstance(cost_model, AnalyticCostModel):
-            result, note = search_within_hosts(
-                request,
-                cost_model,
-                host_memory_bytes(cluster),
-                lambda asked: rerank(search(asked, cost_model, progress=bar.show), asked, cost_model),
-            )
-        else:
-            # Like --galvatron-auto, so that a search on the profile of a job finds the plan of the job.
-            result = search(request, cost_model, progress=bar.show)
+
+        def find(asked: SearchRequest) -> SearchResult:
+            found = search(asked, cost_model, progress=bar.show)
+            # At measured prices like --galvatron-auto, so that a search on a job's profile finds its plan.
+            return rerank(found, asked, cost_model) if isinstance(cost_model, AnalyticCostModel) else found
+
+        result, note = search_within_hosts(request, cost_model, host_bytes, find)
     if note is not None:
         print(f"galvatron: {note}", file=sys.stderr)
     marks = Fingerprints(model=model.fingerprint(), cluster=cluster.fingerprint(), profile=prices.profile)

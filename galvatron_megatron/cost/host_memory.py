@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from galvatron_megatron.cost.estimate import TermCostModel
 from galvatron_megatron.cost.protocol import Setting
 from galvatron_megatron.describe.cluster import Cluster
+from galvatron_megatron.describe.profile import Profile
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.strategy import Offload
 
@@ -41,6 +42,25 @@ class HostUse:
 def host_memory_bytes(cluster: Cluster) -> int:
     """Host memory of a node in bytes, 0 where the cluster does not say it."""
     return 0 if cluster.host is None else int(cluster.host.memory_gib * _GIB)
+
+
+def free_host_bytes(cluster: Cluster, profile: Profile | None, device_bytes: int) -> int | None:
+    """What a node has for offloaded states, None where that is not known.
+
+    CPU ranks have no memory but the node's: what a plan may use as that of devices is not there any more.
+
+    Args:
+        cluster: the nodes.
+        profile: measured on them, where they are live ranks.
+        device_bytes: that a plan may use on one device.
+    """
+    known = host_memory_bytes(cluster)
+    if not known:
+        return None
+    if profile is None or profile.provenance.backend != "gloo":
+        return known
+    # Shares of a node are rounded: less than a MiB is none.
+    return max(0, known - cluster.devices_per_node * device_bytes) // 2**20 * 2**20
 
 
 def node_host_bytes(plan: Plan, cost_model: TermCostModel, devices_per_node: int) -> int:

@@ -32,12 +32,17 @@ class Branch:
         self.space, self.cost_model, self.outer = space, cost_model, outer
         self.request = space.request
         model = self.request.model
-        first_of = {layer: index for index, layer in reversed(list(enumerate(model.layers)))}
+        may_offload = self.request.offload_layers
+        entries = [
+            (layer, may_offload is not None and index not in may_offload)
+            for index, layer in enumerate(model.layers)
+        ]
+        first_of = {entry: index for index, entry in reversed(list(enumerate(entries)))}
         ordered = sorted(first_of, key=first_of.__getitem__)
-        number = {layer: index for index, layer in enumerate(ordered)}
-        self.layers = tuple(ordered)
+        number = {entry: index for index, entry in enumerate(ordered)}
+        self.layers = tuple(layer for layer, _ in ordered)
         """One layer of every kind."""
-        self.kinds = tuple(number[layer] for layer in model.layers)
+        self.kinds = tuple(number[entry] for entry in entries)
         self.counts = np.bincount(self.kinds, minlength=len(ordered))
         """Layers of every kind."""
         self.shares = [self.kinds.count(kind) / len(self.kinds) for kind in range(len(ordered))]
@@ -46,12 +51,12 @@ class Branch:
         self._layout_ids: dict[tuple, int] = {}
         flags = (None,) if self.request.constraints.recomputed_layers_per_stage is None else (True, False)
         self.options: dict[tuple[int, bool | None], Options] = {}
-        for kind, layer in enumerate(ordered):
+        for kind, (layer, on_device) in enumerate(ordered):
             for forced in flags:
                 self.options[kind, forced] = price_options(
                     cost_model,
-                    first_of[layer],
-                    space.strategies(layer, outer, forced),
+                    first_of[layer, on_device],
+                    space.strategies(layer, outer, forced, on_device=on_device),
                     self.any_setting,
                     self._layout_ids,
                 )

@@ -262,12 +262,16 @@ class Space:
             else:
                 yield zero
 
-    def _shardings(self, replicas: int) -> Iterator[tuple[int, Offload]]:
+    def _shardings(self, replicas: int, *, on_device: bool = False) -> Iterator[tuple[int, Offload]]:
         """ZeRO stages with what each may keep on the host.
 
         A rank that shards with nobody still needs DeepSpeed's classes to offload: the lowest stage will do.
+
+        Args:
+            replicas: ranks that hold the same weights.
+            on_device: nothing may be kept on the host.
         """
-        offloads = self.request.offloads
+        offloads = (Offload.NONE,) if on_device else self.request.offloads
         self.cuts["offload_allowed"] += sum(kind not in offloads for kind in Offload)
         for zero in self._zero_stages(replicas):
             for offload in offloads:
@@ -304,11 +308,20 @@ class Space:
                 found.append(kind)
         return tuple(found)
 
-    def strategies(self, layer: Layer, outer: Outer, forced: bool | None = None) -> tuple[Strategy, ...]:
-        """All strategies of a layer, the simplest first."""
-        key = (layer, outer.ranks, forced)
+    def strategies(
+        self, layer: Layer, outer: Outer, forced: bool | None = None, *, on_device: bool = False
+    ) -> tuple[Strategy, ...]:
+        """All strategies of a layer, the simplest first.
+
+        Args:
+            layer: the layer.
+            outer: decisions above it.
+            forced: see ``recompute_kinds``.
+            on_device: the layer keeps nothing in host memory.
+        """
+        key = (layer, outer.ranks, forced, on_device)
         if key not in self._strategies:
-            self._strategies[key] = tuple(self._generate(layer, outer.ranks, forced))
+            self._strategies[key] = tuple(self._generate(layer, outer.ranks, forced, on_device))
         found = []
         for strategy in self._strategies[key]:
             if outer.samples % strategy.dp:
@@ -317,7 +330,7 @@ class Space:
                 found.append(strategy)
         return tuple(found)
 
-    def _generate(self, layer: Layer, ranks: int, forced: bool | None) -> Iterator[Strategy]:
+    def _generate(self, layer: Layer, ranks: int, forced: bool | None, on_device: bool) -> Iterator[Strategy]:
         kinds = self.recompute_kinds(layer, forced)
         for tp, kind, cp, dp in self._layouts(ranks):
             rule = tp_rule(layer, self.request.model, tp, kind) or cp_rule(layer, cp)
@@ -327,7 +340,8 @@ class Space:
             replicas = ranks if kind is SequenceParallel.ULYSSES else cp * dp
             shards = 1 if kind is SequenceParallel.ULYSSES else tp
             for (zero, offload), experts in product(
-                self._shardings(replicas), self._expert_degrees(layer.experts, shards, ranks)
+                self._shardings(replicas, on_device=on_device),
+                self._expert_degrees(layer.experts, shards, ranks),
             ):
                 for recompute in kinds:
                     plain = Strategy(
@@ -387,7 +401,7 @@ class Space:
                 if rules:
                     self.cuts[min(rules)] += 1
                     continue
-                for zero, offload in self._shardings(cp * dp):
+                for zero, offload in self._shardings(cp * dp, on_device=not self.request.offload_ends):
                     found.append(
                         Strategy(tp=tp, sequence_parallel=kind, cp=cp, dp=dp, zero=zero, offload=offload)
                     )
