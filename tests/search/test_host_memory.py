@@ -1,0 +1,159 @@
+"""Host memory as a limit: how many layers offload, and that none do without need."""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+from profiles import FOUR_RANKS, small_model, small_profile
+
+from galvatron_megatron.cost.host_memory import node_host_bytes
+from galvatron_megatron.cost.measured import MeasuredCostModel
+from galvatron_megatron.cost.options import RunOptions
+from galvatron_megatron.describe.cluster import Host
+from galvatron_megatron.describe.profile import StepPoint
+from galvatron_megatron.errors import SearchError
+from galvatron_megatron.plan.constraints import Constraints
+from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
+from galvatron_megatron.plan.strategy import Offload, Recompute, Strategy
+from galvatron_megatron.search.engine import search
+from galvatron_megatron.search.evaluation import evaluate
+from galvatron_megatron.search.host_memory import offloads, search_within_hosts
+from galvatron_megatron.search.request import SearchRequest
+
+LAYERS = 8
+MODEL = small_model(LAYERS)
+STEP = StepPoint(tensors=1, parameters=1_000_000, updated=1_000_000, zero=1, seconds=0.02)
+PROFILE = replace(small_profile(MODEL), host_steps=(STEP,))
+HOST = Host(gb_per_second=8.0, memory_gb_per_second=8.0, efficiency=1.0, memory_gib=16.0, source="measured")
+COSTS = MeasuredCostModel(MODEL, replace(FOUR_RANKS, host=HOST), PROFILE, RunOptions(implementation="local"))
+CHEAP = MeasuredCostModel(
+    MODEL,
+    COSTS.cluster,
+    replace(PROFILE, host_steps=(replace(STEP, seconds=1e-9),)),
+    RunOptions(implementation="local"),
+)
+"""Stepped on the host in no time, so that offloading gains, were it not for the copies."""
+
+
+def request(memory_bytes: int, **changes: object) -> SearchRequest:
+    fields = {
+        "model": MODEL,
+        "world_size": 4,
+        "devices_per_node": 4,
+        "memory_bytes": memory_bytes,
+        "global_batch_size": 8,
+        "constraints": Constraints(tp=1, pp=1, micro_batch_size=2, recompute=Recompute.NONE, zero=1),
+        "offloads": (Offload.NONE, Offload.OPTIMIZER),
+        "allow_interleaving": False,
+    }
+    return SearchRequest(**(fields | changes))
+
+
+def find(asked: SearchRequest):
+    return search(asked, COSTS)
+
+
+def needs(plan: Plan) -> int:
+    return max(evaluate(plan, COSTS).stage_bytes)
+
+
+def plan_with(count: int, ends: bool) -> Plan:
+    """The only plan of the request's space that offloads so many layers, but for their order."""
+    device, host = (Strategy(dp=4, zero=1, offload=kind) for kind in (Offload.NONE, Offload.OPTIMIZER))
+    kind = MODEL.layers[0].kind
+    layers = (LayerPlan(kind=kind, strategy=host),) * count
+    layers += (LayerPlan(kind=kind, strategy=device),) * (LAYERS - count)
+    base = host if ends else device
+    return Plan(pp=1, micro_batch_size=2, micro_batches=1, base=base, stages=(StagePlan(layers=layers),))
+
+
+ALL = [plan_with(count, ends) for count, ends in product(range(LAYERS + 1), (False, True))]
+KEPT = {plan: node_host_bytes(plan, COSTS, 4) for plan in ALL}
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("room", [0.25, 0.5, 0.75])
+def test_the_fastest_plan_that_fits_device_and_host_is_found(share, room):
+    """Against all plans of a small space."""
+    least, most = (needs(plan_with(count, count > 0)) for count in (LAYERS, 0))
+    memory, host = round(least + share * (most - 1 - least)), round(room * max(KEPT.values()))
+    fitting = [plan for plan in ALL if needs(plan) <= memory and KEPT[plan] <= host]
+    asked = request(memory)
+    if not fitting:
+        with pytest.raises(
+            SearchError, match=r"would keep .* GiB on a node that has .*; valid: less offloaded"
+        ):
+            search_within_hosts(asked, COSTS, host, find)
+        return
+    best = min(evaluate(plan, COSTS).step_seconds for plan in fitting)
+    result, note = search_within_hosts(asked, COSTS, host, find)
+    assert evaluate(result.plan, COSTS).step_seconds == pytest.approx(best, rel=1e-9)
+    assert KEPT.get(result.plan, node_host_bytes(result.plan, COSTS, 4)) <= host
+    assert needs(result.plan) <= memory
+    free, silent = search_within_hosts(asked, COSTS, None, find)
+    assert silent is None and free.step_seconds <= result.step_seconds
+    count = sum(layer.strategy.offload is not Offload.NONE for layer in result.plan.layers)
+    if node_host_bytes(free.plan, COSTS, 4) > host:
+        assert note.startswith("host memory: ") and f"; {count} of {LAYERS} layers are offloaded" in note
+    else:
+        assert note is None
+
+
+def test_stages_of_a_pipeline_share_a_node():
+    """Two stages with two ranks each keep theirs in one host; what offloads no more recomputes instead."""
+    fixed = Constraints(tp=1, pp=2, micro_batch_size=2, zero=1)
+    slow = replace(COSTS.cluster, host=replace(HOST, gb_per_second=2.0))
+    costs = MeasuredCostModel(MODEL, slow, CHEAP.profile, COSTS.options)
+    asked = request(1 << 40, constraints=fixed)
+    plain = search(replace(asked, offloads=(Offload.NONE,)), costs)
+    recomputed = replace(fixed, recompute=Recompute.FULL)
+    least = search(replace(asked, offloads=(Offload.NONE,), constraints=recomputed), costs)
+    asked = replace(asked, memory_bytes=(max(plain.memory_bytes) + max(least.memory_bytes)) // 2)
+
+    def ask(asked: SearchRequest):
+        return search(asked, costs)
+
+    free, _ = search_within_hosts(asked, costs, None, ask)
+    kept = node_host_bytes(free.plan, costs, 4)
+    assert kept
+    found, note = search_within_hosts(asked, costs, kept, ask)
+    assert (found.plan, note) == (free.plan, None)
+    found, note = search_within_hosts(asked, costs, kept - 1, ask)
+    assert max(found.memory_bytes) <= asked.memory_bytes and found.step_seconds > free.step_seconds and note
+    for plan in (found.plan, *(plan for plan, _ in found.runners_up)):
+        assert node_host_bytes(plan, costs, 4) < kept
+
+
+def test_states_stay_on_the_device_unless_it_gains_more_than_the_margin():
+    asked = request(1 << 40)
+    plain = search(replace(asked, offloads=(Offload.NONE,)), CHEAP)
+    free = search(asked, CHEAP)
+    gain = free.samples_per_second / plain.samples_per_second - 1
+    assert offloads(free.plan) and gain > 0
+    for margin, offloaded in ((gain / 2, True), (gain * 2, False)):
+        asked = request(1 << 40, uniform_margin=margin)
+        found, note = search_within_hosts(asked, CHEAP, None, lambda asked: search(asked, CHEAP))
+        assert (offloads(found.plan), note) == (offloaded, None)
+
+
+def test_where_the_devices_have_the_whole_node_nothing_is_offloaded():
+    found, note = search_within_hosts(request(1 << 40), COSTS, 0, find)
+    assert not offloads(found.plan) and note.endswith("; nothing is offloaded")
+    only = request(1 << 40, offloads=(Offload.NONE,))
+    assert search_within_hosts(only, COSTS, 0, find)[1] is None
+
+
+def test_layers_that_may_offload_are_named_and_the_others_do_not():
+    memory = (needs(plan_with(LAYERS, True)) + needs(plan_with(0, False))) // 2
+    found = search(request(memory), COSTS).plan
+    assert sum(layer.strategy.offload is not Offload.NONE for layer in found.layers) > 2
+    some = search(request(1 << 40, offload_layers=frozenset({1, 5}), offload_ends=False), COSTS).plan
+    assert not offloads(some)
+    with pytest.raises(SearchError, match="nothing fits"):
+        search(request(memory, offload_layers=frozenset({1, 5}), offload_ends=False), COSTS)
+    largest = max(needs(plan_with(count, False)) for count in (2,))
+    some = search(request(largest, offload_layers=frozenset({1, 5}), offload_ends=False), COSTS).plan
+    chosen = {i for i, layer in enumerate(some.layers) if layer.strategy.offload is not Offload.NONE}
+    assert chosen == {1, 5}
+    with pytest.raises(SearchError, match="of some layers; valid: none among them"):
+        request(1, offloads=(Offload.OPTIMIZER,), offload_layers=frozenset({1}))
