@@ -16,14 +16,12 @@ from functools import wraps
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
     ShardedTensor,
     ShardedTensorFactory,
 )
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import (
     ChainedOptimizer,
@@ -34,9 +32,17 @@ from megatron.core.optimizer.optimizer import (
 from megatron.core.utils import log_single_rank
 
 from galvatron_megatron.errors import PlanError
+from galvatron_megatron.runtime.checkpoint_stretches import (
+    MAIN,
+    PREFIX,
+    STATES,
+    StretchOptimizer,
+    checkpoint_entries,
+    entries_by_parameter,
+    take_entries,
+)
 from galvatron_megatron.runtime.zero_offload import step_count
-from galvatron_megatron.runtime.zero_optimizer import STATES, ZeroOptimizer
-from galvatron_megatron.runtime.zero_whole import parameter_of
+from galvatron_megatron.runtime.zero_optimizer import ZeroOptimizer
 
 _FORM = "distrib_optim_sharding_type"
 _RESHARDABLE = "fully_reshardable"
@@ -57,7 +63,6 @@ _UNSHARDED = "galvatron_states_of_unsharded_optimizer"
 _SHARED_OUT = "is_expert_parallel"
 _STATES = "param_state"
 _READ = "read_by_parameter"
-_PREFIX = "optimizer.state."
 _FIXED = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 """What Megatron's other forms do not let a job change."""
 _Sharded = ShardedTensor | ShardedTensorFactory
@@ -78,7 +83,14 @@ class ReshardableOptimizer(ChainedOptimizer):
         """
         adopted = copy.copy(optimizer)
         adopted.__class__ = cls
+        adopted.keep_stretches()
         return adopted
+
+    def keep_stretches(self) -> None:
+        """Lets optimizers that shard save and load what they keep, where it lies."""
+        for optimizer in self.chained_optimizers:
+            if isinstance(optimizer, DistributedOptimizer):
+                StretchOptimizer.adopt(optimizer)
 
     def sharded_state_dict(
         self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: dict | None = None, **_: Any
@@ -95,20 +107,16 @@ class ReshardableOptimizer(ChainedOptimizer):
         here = metadata.get(_FORM) == _RESHARDABLE if is_loading else self.saves_by_parameter
         if not here:
             return super().sharded_state_dict(model_sharded_state_dict, is_loading, metadata=metadata)
-        entries = _by_tensor(model_sharded_state_dict)
+        entries = entries_by_parameter(model_sharded_state_dict)
         states = {}
         for index, optimizer in enumerate(self.chained_optimizers):
             if optimizer.is_stub_optimizer:
                 continue
             initialise_states(optimizer)
-            if isinstance(optimizer, DistributedOptimizer):
-                state = optimizer.sharded_param_state_fully_reshardable(
-                    model_sharded_state_dict, is_loading, {}
-                )
-            elif isinstance(optimizer, ZeroOptimizer):
-                state = _checkpoint_entries(optimizer.whole_states(), entries)
+            if isinstance(optimizer, StretchOptimizer | ZeroOptimizer):
+                state = checkpoint_entries(optimizer.stretches(), entries)
             else:
-                state = _checkpoint_entries(_replicated_states(optimizer), entries)
+                state = _whole_entries(_replicated_states(optimizer), entries)
             if is_loading and metadata.get(_UNSHARDED):
                 _as_unsharded(state, entries)
             states[f"optimizer{index}"] = {str(number): tensors for number, tensors in state.items()}
@@ -137,7 +145,8 @@ class ReshardableOptimizer(ChainedOptimizer):
         """Takes over states and settings.
 
         Args:
-            states: tensors by optimizer, number of the parameter and name.
+            states: by optimizer, number of the parameter and name: tensors, or this rank's pieces of them where
+                the optimizer shards, as ``sharded_state_dict`` described them.
             settings: as ``settings_of`` returns them.
         """
         for index, optimizer in enumerate(self.chained_optimizers):
@@ -146,15 +155,12 @@ class ReshardableOptimizer(ChainedOptimizer):
             initialise_states(optimizer)
             # A class of parameters that this stage does not have leaves no trace in the checkpoint.
             loaded = {int(number): tensors for number, tensors in states.get(f"optimizer{index}", {}).items()}
-            if any("param" not in tensors for tensors in loaded.values()):
-                for number, weight in enumerate(_weights(optimizer)):
-                    loaded[number].setdefault("param", weight)
-            if isinstance(optimizer, DistributedOptimizer):
-                for state in optimizer.optimizer.state.values():
-                    state.pop("step", None)  # Megatron's loader takes every tensor here for a sharded one
-                optimizer.load_parameter_state_from_fully_reshardable(loaded)
-            elif isinstance(optimizer, ZeroOptimizer):
-                optimizer.take_states(loaded)
+            # Main weights that a checkpoint lacks are the model's, which are loaded.
+            lacking = any(MAIN not in tensors for tensors in loaded.values())
+            if lacking and not isinstance(optimizer, StretchOptimizer):  # whose are views of the model's
+                optimizer.reload_model_params()
+            if isinstance(optimizer, StretchOptimizer | ZeroOptimizer):
+                take_entries(optimizer.stretches(), loaded)
             else:
                 _take_replicated_states(optimizer, loaded)
             _take_settings(optimizer, settings)
@@ -215,12 +221,6 @@ def describe_loaded(original: Callable[..., tuple], *, runs_alike: bool) -> Call
     return read
 
 
-def _by_tensor(model_sharded_state_dict: Any) -> dict[int, _Sharded]:
-    """The model's checkpoint entries by the identity of their parameter."""
-    sharded, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
-    return {id(parameter_of(entry.data)): entry for entry in nested_values(sharded)}
-
-
 def _parameters(optimizer: MegatronOptimizer) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Pairs of model parameter and main parameter (the one the inner optimizer steps)."""
     if not isinstance(optimizer, Float16OptimizerWithFloat16Params):
@@ -234,10 +234,10 @@ def _parameters(optimizer: MegatronOptimizer) -> list[tuple[torch.Tensor, torch.
 def _replicated_states(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """Main weight and states of each parameter of an optimizer that does not shard."""
     for model, main in _parameters(optimizer):
-        yield model, {"param": main.detach(), **{key: optimizer.optimizer.state[main][key] for key in STATES}}
+        yield model, {MAIN: main.detach(), **{key: optimizer.optimizer.state[main][key] for key in STATES}}
 
 
-def _checkpoint_entries(
+def _whole_entries(
     states: Iterable[tuple[torch.Tensor, dict[str, torch.Tensor]]], entries: dict[int, _Sharded]
 ) -> dict[int, dict[str, _Sharded]]:
     """Checkpoint entries of main weights and states, by the parameter's number.
@@ -248,7 +248,7 @@ def _checkpoint_entries(
     """
     return {
         number: {
-            key: make_sharded_optimizer_tensor(entries[id(model)], tensor, prefix=f"{_PREFIX}{key}")
+            key: make_sharded_optimizer_tensor(entries[id(model)], tensor, prefix=f"{PREFIX}{key}")
             for key, tensor in tensors.items()
         }
         for number, (model, tensors) in enumerate(states)
@@ -263,31 +263,21 @@ def _as_unsharded(states: dict[int, dict[str, Any]], entries: dict[int, _Sharded
     """
     in_fp32 = {entry.key for entry in entries.values() if entry.data.dtype == torch.float32}
     for tensors in states.values():
-        name = tensors["param"].key.removeprefix(f"{_PREFIX}param.")
-        if name in in_fp32:
-            del tensors["param"]
-        else:
-            tensors["param"].key = f"{_PREFIX}fp32_param.{name}"
-
-
-def _weights(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
-    """Whole weights of the model, by the number of their parameter in a checkpoint."""
-    if isinstance(optimizer, DistributedOptimizer):
-        for buffer in optimizer.buffers:
-            yield from buffer.param_index_map
-    elif isinstance(optimizer, ZeroOptimizer):
-        optimizer.reload_model_params()
-        yield from (whole["param"] for _, whole in optimizer.whole_states())
-    else:
-        yield from (model for model, _ in _parameters(optimizer))
+        main = tensors[MAIN]
+        for entry in main.values() if isinstance(main, dict) else [main]:
+            name = entry.key.removeprefix(f"{PREFIX}{MAIN}.")
+            # A factory may give its tensors names behind the parameter's.
+            if name in in_fp32 or name.rpartition(".")[0] in in_fp32:
+                tensors.pop(MAIN, None)
+            else:
+                entry.key = f"{PREFIX}fp32_param.{name}"
 
 
 @torch.no_grad()
 def _take_replicated_states(optimizer: MegatronOptimizer, loaded: dict[int, dict[str, Any]]) -> None:
     for number, (_, main) in enumerate(_parameters(optimizer)):
-        main.copy_(loaded[number]["param"])
-        for key in STATES:
-            optimizer.optimizer.state[main][key].copy_(loaded[number][key])
+        for key, values in loaded[number].items():
+            (main if key == MAIN else optimizer.optimizer.state[main][key]).copy_(values)
 
 
 def _identity(group: dict[str, Any]) -> tuple[Any, ...]:

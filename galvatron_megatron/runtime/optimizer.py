@@ -105,6 +105,7 @@ class PlannedOptimizer(ReshardableOptimizer):
         self.config = config
         self.model_chunks = model_chunks
         self.chained_optimizers = optimizers
+        self.keep_stretches()
         self.is_stub_optimizer = all(getattr(each, "is_stub_optimizer", False) for each in optimizers)
         self._counted = counted
         self._runtime = runtime

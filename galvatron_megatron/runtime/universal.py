@@ -25,11 +25,11 @@ from megatron.core.utils import unwrap_model
 
 from galvatron_megatron.errors import PlanError
 from galvatron_megatron.runtime.checkpoint import CONTENT, ReshardableOptimizer, settings_of
+from galvatron_megatron.runtime.checkpoint_stretches import PREFIX
 from galvatron_megatron.runtime.universal_files import UniversalCheckpoint
 
 SEAM = "setup_model_and_optimizer"
 """The function of ``megatron.training.training`` behind which a universal checkpoint is read."""
-_PREFIX = "optimizer.state."
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -96,7 +96,6 @@ def load_universal_checkpoint(directory: str | Path, chunks: list[Any], optimize
     parts = {
         f"model{index}": model.sharded_state_dict(metadata=dict(CONTENT)) for index, model in enumerate(models)
     }
-    # States go first: making their form gathers what ZeRO sharded, as saving does.
     form = optimizer.sharded_state_dict(parts, is_loading=True, metadata=dict(CONTENT))
     state = {**parts, "states": form["param_state"]}
     progress = _together(lambda: _read(directory, state))
@@ -173,8 +172,8 @@ def _reader(source: UniversalCheckpoint, used: set[str]) -> Callable[[ShardedTen
     whole = lru_cache(maxsize=2)(source.tensor)
 
     def read(entry: ShardedTensor) -> torch.Tensor:
-        state, _, name = entry.key.removeprefix(_PREFIX).partition(".")
-        if not entry.key.startswith(_PREFIX):
+        state, _, name = entry.key.removeprefix(PREFIX).partition(".")
+        if not entry.key.startswith(PREFIX):
             state, name = "param", entry.key
         found = whole(name, state)
         used.add(source.folder_of(name))

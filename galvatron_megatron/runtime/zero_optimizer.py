@@ -5,7 +5,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import (
     _get_megatron_optimizer_based_on_param_groups,
@@ -17,12 +16,11 @@ from megatron.core.utils import unwrap_model
 
 from galvatron_megatron.plan.strategy import Offload
 from galvatron_megatron.plan.zero_rules import bucket_elements, usual_bucket
+from galvatron_megatron.runtime.checkpoint_stretches import MAIN, STATES, Stretch
 from galvatron_megatron.runtime.zero import ZeroPart, import_engines
 from galvatron_megatron.runtime.zero_ahead import FORWARD, GatherAhead
 from galvatron_megatron.runtime.zero_offload import host_optimizer, step_count
 from galvatron_megatron.runtime.zero_whole import let_checkpoints_see_whole_parameters
-
-STATES = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroOptimizer(MegatronOptimizer):
@@ -120,7 +118,7 @@ class ZeroOptimizer(MegatronOptimizer):
         raise NotImplementedError("load_state_dict: states are in the distributed checkpoint")
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Not used, see ``whole_states``."""
+        """Not used, see ``stretches``."""
         raise NotImplementedError("sharded_state_dict: the optimizer of all classes saves the states")
 
     def initialise_states(self) -> None:
@@ -136,46 +134,28 @@ class ZeroOptimizer(MegatronOptimizer):
     def _named(self, key: str) -> list[torch.Tensor]:
         """Flat tensors of this rank by partition: ``param`` for main weights, else a state."""
         partitions = [partition.detach() for partition in self.engine.partitions]
-        if key == "param":
+        if key == MAIN:
             return partitions
         return [self.optimizer.state[partition][key] for partition in self.engine.partitions]
 
-    @torch.no_grad()
-    def whole_states(self) -> Iterator[tuple[torch.nn.Parameter, dict[str, torch.Tensor]]]:
-        """Main weight and states of each parameter, whole; all ranks of the class call this together.
+    def stretches(self) -> Iterator[Stretch]:
+        """What this rank keeps of each parameter, for checkpoints.
 
         Yields:
-            The model's parameter, and fp32 tensors in its shape by name.
-        """
-        flats = {key: self._named(key) for key in ("param", *STATES)}
-        mine: dict[int, list[Any]] = {}
-        for piece in self.engine.pieces:
-            mine.setdefault(id(piece.parameter), []).append(piece)
-        for parameter in self.engine.all_parameters:
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            whole = {}
-            for key, by_partition in flats.items():
-                flat = torch.zeros(shape.numel(), dtype=torch.float32, device=parameter.device)
-                for piece in mine.get(id(parameter), ()):
-                    source = self._stretch(by_partition[piece.partition], piece)
-                    flat.narrow(0, piece.start, piece.length).copy_(source)
-                dist.all_reduce(flat, group=self.group)  # stretches do not overlap: their sum is the whole
-                whole[key] = flat.view(shape)
-            yield parameter, whole
-
-    @torch.no_grad()
-    def take_states(self, loaded: dict[int, dict[str, torch.Tensor]]) -> None:
-        """Takes over this rank's part of main weights and states.
-
-        Args:
-            loaded: whole tensors by name, by the parameter's number in the order of ``whole_states``.
+            Stretches with views of main weights and states; there must be states.
         """
         number = {id(parameter): index for index, parameter in enumerate(self.engine.all_parameters)}
-        for key in ("param", *STATES):
-            flats = self._named(key)
-            for piece in self.engine.pieces:
-                whole = loaded[number[id(piece.parameter)]][key].reshape(-1)
-                self._stretch(flats[piece.partition], piece).copy_(whole.narrow(0, piece.start, piece.length))
+        flats = {name: self._named(name) for name in (MAIN, *STATES)}
+        for piece in self.engine.pieces:
+            yield Stretch(
+                number=number[id(piece.parameter)],
+                parameter=piece.parameter,
+                start=piece.start,
+                tensors={
+                    name: self._stretch(by_partition[piece.partition], piece)
+                    for name, by_partition in flats.items()
+                },
+            )
 
 
 def build_zero_optimizers(

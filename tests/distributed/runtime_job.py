@@ -37,7 +37,7 @@ from megatron.training.arguments import add_megatron_arguments, parse_args, vali
 from megatron.training.global_vars import set_global_variables
 from runtime_cases import CLIP
 from runtime_communicators import created_again, record_communicators
-from runtime_memory import measure_at_norm
+from runtime_memory import measure_at_norm, measure_saves
 from runtime_mutations import MUTATIONS
 from runtime_overlap import watch_resharding
 
@@ -398,6 +398,8 @@ def run_case(case: dict) -> dict:
         models.extend(model)
         if case.get("measure"):
             seen["live"] = measure_at_norm(model, optimizer)
+        if args.save:
+            undone.append(measure_saves(seen.setdefault("saves", []), optimizer))
         return model, optimizer, scheduler
 
     def step(*arguments_, **options):

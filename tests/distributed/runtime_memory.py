@@ -1,10 +1,24 @@
 """Bytes that a rank holds of weights, gradients and optimizer states, from the tensors that are there."""
 
 import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.training import checkpointing
+from torch.utils._pytree import tree_leaves
 
 from galvatron_megatron.plan.strategy import Offload
+from galvatron_megatron.runtime.checkpoint_stretches import PREFIX, STATES
 from galvatron_megatron.runtime.zero import ZeroPart
-from galvatron_megatron.runtime.zero_optimizer import STATES
+
+COLLECTIVES = (
+    "all_gather",
+    "all_gather_into_tensor",
+    "gather",
+    "all_reduce",
+    "broadcast",
+    "reduce_scatter_tensor",
+)
 
 
 def storages(tensors):
@@ -162,3 +176,71 @@ def measure_at_norm(chunks, optimizer):
             if isinstance(part, ZeroPart):
                 count_before_reduction(part)
     return seen
+
+
+def measure_saves(found, optimizer):
+    """Notes, at every checkpoint, what of the optimizer states is copied and what is communicated.
+
+    Args:
+        found: filled, by checkpoint: bytes of states, bytes of them outside the optimizer's memory, elements of
+            floating-point tensors that are handed to collectives while it is made ready.
+        optimizer: of the job.
+
+    Returns:
+        Undoes it.
+    """
+    save, generate = dist_checkpointing.save, checkpointing.generate_state_dict
+    names = [name for name in COLLECTIVES if hasattr(dist, name)]
+    originals = {name: getattr(dist, name) for name in names}
+    sent = []
+
+    def counted(name):
+        def call(*arguments, **options):
+            tensors = tree_leaves((arguments, options))
+            sent.append(
+                sum(t.numel() for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point())
+            )
+            return originals[name](*arguments, **options)
+
+        return call
+
+    def generated(*arguments, **options):
+        sent.clear()
+        for name in names:
+            setattr(dist, name, counted(name))
+        try:
+            return generate(*arguments, **options)
+        finally:
+            for name, original in originals.items():
+                setattr(dist, name, original)
+
+    def saved(state, *arguments, **options):
+        entries = [e for e in nested_values(state) if getattr(e, "key", "").startswith(PREFIX)]
+        kept = storages(own_states(optimizer))
+        written = storages(entry.data for entry in entries)
+        found.append(
+            {
+                "bytes": sum(entry.data.nbytes for entry in entries),
+                "copied": sum(size for at, size in written.items() if at not in kept),
+                "communicated": sum(sent),
+            }
+        )
+        return save(state, *arguments, **options)
+
+    dist_checkpointing.save, checkpointing.generate_state_dict = saved, generated
+
+    def undo():
+        dist_checkpointing.save, checkpointing.generate_state_dict = save, generate
+
+    return undo
+
+
+def own_states(optimizer):
+    """Main weights and states of all optimizers of a job, as they keep them."""
+    for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(each, "is_stub_optimizer", False):
+            continue
+        yield from (p.data for group in each.optimizer.param_groups for p in group["params"])
+        yield from (t for state in each.optimizer.state.values() for t in state.values() if torch.is_tensor(t))
+        if hasattr(each, "engine"):
+            yield from (partition.data for partition in each.engine.partitions)

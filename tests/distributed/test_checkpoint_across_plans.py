@@ -63,12 +63,14 @@ def saved(ranks, tmp_path_factory):
             where = tmp_path_factory.mktemp(f"{model}-{name}")
             arguments = {"save": str(where), "save-interval": HALFWAY, "train-iters": HALFWAY}
             world_size, made = of(name, model, arguments)
-            seen = ranks(world_size).run(train, made)[0]
+            everyone = ranks(world_size).run(train, made)
+            folder.saves[name, model], seen = [rank["saves"] for rank in everyone], everyone[0]
             tolerance = 1e-2 if model == "bf16" else 1e-5
             assert_same_training(seen, references(ranks)[model], slice(0, HALFWAY), tolerance, weights=False)
             folders[name, model] = where
         return folders[name, model]
 
+    folder.saves = {}
     return folder
 
 
@@ -83,6 +85,20 @@ def goes_on(ranks, saved, before, after):
 @pytest.mark.parametrize(("before", "after"), PAIRS)
 def test_goes_on_under_another_plan(ranks, saved, before, after):
     goes_on(ranks, saved, before, after)
+
+
+@pytest.mark.parametrize("name", ["uniform", "split", "gradients"])
+def test_sharded_states_are_saved_where_they_lie(saved, name):
+    """Not copied, not sent: by Megatron's own code under a plan, where layers differ, and by ZeRO 2 and 3."""
+    saved(name)
+    for (save,) in saved.saves[name, "modern"]:
+        assert save["bytes"] > 0 and save["copied"] == save["communicated"] == 0
+    total = sum(save["bytes"] for (save,) in saved.saves[name, "modern"])
+    # Stock Megatron gathers, so that every rank has what others keep.
+    saved("stock-sharded")
+    stock = [save for (save,) in saved.saves["stock-sharded", "modern"]]
+    assert all(save["copied"] > 0 and save["communicated"] > 0 for save in stock)
+    assert total < sum(save["bytes"] for save in stock)
 
 
 def test_main_weights_of_bf16_survive_sharding(ranks, saved):
