@@ -1,5 +1,7 @@
 """Made-up profiles whose every number follows a rule, so that prices can be checked by hand."""
 
+from dataclasses import replace
+
 from galvatron_megatron.describe.cluster import Cluster, Constants, Device, Link
 from galvatron_megatron.describe.layer import Attention, Layer, Mlp
 from galvatron_megatron.describe.model import Model
@@ -107,6 +109,21 @@ def layer_point(model: Model, tp: int, size: int, recompute: Recompute, **change
         }
         | changes
     )
+
+
+def ulysses_point(model: Model, ranks: int, size: int, **changes: object) -> PartPoint:
+    """Computes as one rank does for size / ranks samples; exchanges take 0.1 ms, and 20 us a sample, twice."""
+    alone = layer_point(model, 1, size, Recompute.NONE)
+    exchange = 1e-4 + 2e-5 * size
+    computed = {
+        "tp": ranks,
+        "sequence_parallel": SequenceParallel.ULYSSES,
+        "forward_seconds": alone.forward_seconds / ranks + exchange,
+        "backward_seconds": alone.backward_seconds / ranks + exchange,
+        "activation_bytes": alone.activation_bytes // ranks,
+        "transient_bytes": alone.transient_bytes // ranks + 100 * size,
+    }
+    return replace(alone, **(computed | changes))
 
 
 def small_profile(

@@ -106,6 +106,11 @@ class MeasuredCostModel:
         return self._states.has_step(Strategy(zero=zero))
 
     @property
+    def prices_ulysses(self) -> bool:
+        """Whether layers under Ulysses were measured."""
+        return self._parts.has_exchanges
+
+    @property
     def prices_offloading(self) -> bool:
         """Whether a step over states in host memory was measured, and the way there."""
         return self._states.has_step(Strategy(zero=1, offload=Offload.OPTIMIZER))
@@ -196,7 +201,7 @@ class MeasuredCostModel:
 
     def _find(self, part: str, strategy: Strategy, recompute: Recompute, samples: int) -> PartCost | str:
         kind = strategy.sequence_parallel
-        if strategy.cp > 1 or kind is SequenceParallel.ULYSSES:
+        if strategy.cp > 1:
             return NOT_MEASURED
         if strategy != strategy.without_experts:
             return NOT_MEASURED

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 
 import numpy as np
 
@@ -53,12 +53,93 @@ class PartTable:
 
         Between two measured micro-batch sizes every number lies on the line through them; above the largest
         it goes on along the last line (through the origin where there is one point only). Recomputation is
-        measured at fewer sizes: what it adds to the time without it lies on the line through them.
+        measured at fewer sizes: what it adds to the time without it lies on the line through them. Ulysses is
+        measured for what it adds to a layer on one rank, where that was measured.
 
         Returns:
             The cost, or the reason why there is none: Megatron's refusal, ``out of memory`` (also for all
             larger micro-batches) or ``not measured``.
         """
+        if kind is SequenceParallel.ULYSSES and self._on_one_rank(part, recompute):
+            return self._exchanged(part, tp, recompute, micro_batch_size)
+        return self._found(part, tp, kind, recompute, micro_batch_size)
+
+    @property
+    def has_exchanges(self) -> bool:
+        """Whether layers under Ulysses were measured."""
+        return any(key[2] == SequenceParallel.ULYSSES.value for key, found in self._points.items() if found)
+
+    def _on_one_rank(self, part: str, recompute: Recompute) -> list[PartPoint]:
+        return self._points[part, 1, SequenceParallel.NONE.value, recompute.value]
+
+    def _exchanged(self, part: str, ranks: int, recompute: Recompute, samples: int) -> PartCost | str:
+        """A layer under Ulysses: what one rank computes for samples / ranks, and what Ulysses adds to that.
+
+        With b samples on t ranks, every rank has b s / t tokens in front of and behind the attention and, in
+        it, h / t heads of b samples over all s tokens: the operations of b / t samples on one rank, T(b / t).
+        What is added, A(b), was measured without recomputation as U(b) - T(b / t): four all-to-alls forward and
+        four backward (arXiv 2309.14509), whose time is a latency and a part that is proportional to b, copies
+        on both sides of them, and the overhead of short tensors. Between the measured sizes A lies on the line
+        through them, and goes on along it.
+
+        Attention is recomputed with its exchanges. Where recomputation repeats the part r of one rank's forward
+        pass F, it adds r F(b / t) and the forward part of A(b); r is that of the nearest size at which one rank
+        was measured, since a line through its points, which are noisy, says little below them.
+        """
+        key = (part, ranks, SequenceParallel.ULYSSES.value, Recompute.NONE.value)
+        points = self._points[key]
+        for failed in self._failures[key]:
+            if not points or (recompute is Recompute.NONE and samples >= failed.micro_batch_size):
+                return failed.failure
+        alone = self._on_one_rank(part, Recompute.NONE)
+        if not points or not alone:
+            return NOT_MEASURED
+        held = self._found(part, 1, SequenceParallel.NONE, recompute, samples / ranks)
+        if isinstance(held, str):
+            return held
+
+        def computed(name: str, size: float) -> float:
+            return _read(alone, size / ranks, attrgetter(name))
+
+        def added(name: str) -> float:
+            more = [(p.micro_batch_size, getattr(p, name) - computed(name, p.micro_batch_size)) for p in points]
+            return _line(more, samples)
+
+        forward, backward = (
+            max(computed(name, samples) + added(name), 0.0) for name in ("forward_seconds", "backward_seconds")
+        )
+        # Of a layer that is computed again only its input is kept.
+        kept = 0.0 if recompute is Recompute.FULL else added("activation_bytes")
+        if recompute is not Recompute.NONE:
+            share = self._recomputed_share(part, recompute, samples / ranks)
+            backward += max(forward - (1 - share) * computed("forward_seconds", samples), 0.0)
+        is_inside = points[0].micro_batch_size <= samples <= points[-1].micro_batch_size
+        return PartCost(
+            forward_seconds=forward,
+            backward_seconds=backward,
+            activation_bytes=max(round(held.activation_bytes + kept), 0),
+            transient_bytes=max(round(held.transient_bytes + added("transient_bytes")), 0),
+            parameters=points[-1].parameters,
+            tensors=points[-1].tensors,
+            source="measured" if is_inside and recompute is Recompute.NONE else "modelled",
+        )
+
+    def _recomputed_share(self, part: str, recompute: Recompute, samples: float) -> float:
+        """Which part of a forward pass on one rank is computed again, at the nearest measured size."""
+        plain = self._on_one_rank(part, Recompute.NONE)
+        nearest = min(
+            self._on_one_rank(part, recompute), key=lambda point: abs(point.micro_batch_size - samples)
+        )
+        forward, backward = (
+            _read(plain, nearest.micro_batch_size, attrgetter(name))
+            for name in ("forward_seconds", "backward_seconds")
+        )
+        more = nearest.forward_seconds + nearest.backward_seconds - forward - backward
+        return max(more / forward, 0.0) if forward else 0.0
+
+    def _found(
+        self, part: str, tp: int, kind: SequenceParallel, recompute: Recompute, micro_batch_size: float
+    ) -> PartCost | str:
         key = (part, tp, kind.value, recompute.value)
         for failed in self._failures[key]:
             if micro_batch_size >= failed.micro_batch_size or not self._points[key]:
@@ -93,21 +174,30 @@ class PartTable:
         )
 
 
-def _read(points: Sequence[PartPoint], size: int, value: Callable[[PartPoint], float]) -> float:
-    """A value at a micro-batch size, on the lines through the points; the last line goes on above them.
+def _read(points: Sequence[PartPoint], size: float, value: Callable[[PartPoint], float]) -> float:
+    """A value at a micro-batch size, see ``_line``.
 
     Args:
-        points: by rising size; of a single one the line goes through the origin.
+        points: by rising size.
         size: samples.
         value: what to read off a point.
     """
-    if len(points) == 1:
-        return value(points[0]) * size / points[0].micro_batch_size
-    sizes = [point.micro_batch_size for point in points]
-    index = min(max(bisect_left(sizes, size), 1), len(points) - 1)
-    low, high = value(points[index - 1]), value(points[index])
-    share = (size - sizes[index - 1]) / (sizes[index] - sizes[index - 1])
-    return low + share * (high - low)
+    return _line([(point.micro_batch_size, value(point)) for point in points], size)
+
+
+def _line(values: Sequence[tuple[int, float]], size: float) -> float:
+    """A value at a micro-batch size, on the lines through (size, value); the outer lines go on beyond them.
+
+    Args:
+        values: by rising size; of a single one the line goes through the origin.
+        size: samples.
+    """
+    if len(values) == 1:
+        ((only, value),) = values
+        return value * size / only
+    index = min(max(bisect_left(values, size, key=itemgetter(0)), 1), len(values) - 1)
+    (left, low), (right, high) = values[index - 1 : index + 1]
+    return low + (size - left) / (right - left) * (high - low)
 
 
 class CurveTable:

@@ -14,6 +14,7 @@ from profiles import (
     curve,
     small_model,
     small_profile,
+    ulysses_point,
 )
 
 from galvatron_megatron.cost.estimate import estimate_plan
@@ -155,6 +156,93 @@ def test_what_was_not_measured_never_fits_and_is_named():
         assert model.layer_cost(0, strategy, setting).transient_bytes == UNAVAILABLE_BYTES
     assert len(model.refusals) == 5
     assert set(model.refusals.values()) == {"not measured"}
+
+
+def with_ulysses(*points: PartPoint, profile=PROFILE) -> PartTable:
+    return PartTable(replace(profile, parts=(*profile.parts, *points)))
+
+
+@pytest.mark.parametrize(
+    ("size", "source"), [(1, "measured"), (2, "measured"), (3, "modelled"), (8, "modelled"), (12, "modelled")]
+)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ulysses_adds_its_exchanges_to_what_one_rank_computes_for_its_share(ranks, size, source):
+    table = with_ulysses(*(ulysses_point(MODEL, ranks, n) for n in (1, 2)))
+    how = (DIGEST, ranks, SequenceParallel.ULYSSES)
+    exchange, forward = 1e-4 + 2e-5 * size, 1e-3 * size / ranks
+    plain = table.lookup(*how, Recompute.NONE, size)
+    assert plain.forward_seconds == pytest.approx(forward + exchange)
+    assert plain.backward_seconds == pytest.approx(2 * forward + exchange)
+    assert plain.activation_bytes == 800_000 * size // ranks
+    assert plain.transient_bytes == 50_000 * size // ranks + 100 * size
+    assert (plain.parameters, plain.tensors, plain.source) == (LAYER_PARAMETERS, 12, source)
+    # Never measured with recomputation: attention is computed again with its exchanges.
+    for recompute, share, kept in ((Recompute.FULL, 1.0, 1), (Recompute.SELECTIVE, 0.25, 5)):
+        found = table.lookup(*how, recompute, size)
+        assert found.forward_seconds == pytest.approx(forward + exchange)
+        assert found.backward_seconds == pytest.approx((2 + share) * forward + 2 * exchange)
+        assert found.activation_bytes == pytest.approx(kept * 100_000 * size / ranks, abs=1)
+        assert found.source == "modelled"
+
+
+def test_ulysses_is_told_by_one_point_and_follows_a_bend_of_one_rank():
+    parts = bent(2, "forward_seconds", recomputed_at=lambda size: True)
+    table = with_ulysses(*(ulysses_point(MODEL, 2, n) for n in (1, 2)), profile=replace(PROFILE, parts=parts))
+    found = table.lookup(DIGEST, 2, SequenceParallel.ULYSSES, Recompute.NONE, 4)
+    # The bend of 1 ms at two samples of one rank lies at four of two; below one sample the line goes on.
+    added = [1e-3 * n / 2 + 1e-4 + 2e-5 * n - line for n, line in ((1, 0.0), (2, 1e-3))]
+    assert found.forward_seconds == pytest.approx(3e-3 + added[1] + 2 * (added[1] - added[0]))
+    single = with_ulysses(ulysses_point(MODEL, 2, 2)).lookup(
+        DIGEST, 2, SequenceParallel.ULYSSES, Recompute.NONE, 4
+    )
+    assert single.forward_seconds == pytest.approx(2e-3 + 2 * 1.4e-4)
+
+
+def test_ulysses_without_one_rank_is_read_as_it_was_measured_and_failures_count():
+    how = (DIGEST, 2, SequenceParallel.ULYSSES)
+    points = [ulysses_point(MODEL, 2, n) for n in (1, 2)]
+    profile = small_profile(MODEL, tps=(2,))
+    again = replace(points[0], recompute=Recompute.FULL, backward_seconds=5e-3)
+    table = with_ulysses(*points, again, profile=profile)
+    assert table.lookup(*how, Recompute.NONE, 2).forward_seconds == points[1].forward_seconds
+    assert table.lookup(*how, Recompute.FULL, 1).backward_seconds == pytest.approx(5e-3)
+    assert table.lookup(*how, Recompute.SELECTIVE, 1) == "not measured"
+    assert with_ulysses().lookup(*how, Recompute.NONE, 1) == "not measured"
+    failed = replace(points[1], failure="out of memory")
+    table = with_ulysses(points[0], failed)
+    assert table.lookup(*how, Recompute.NONE, 1).source == "measured"
+    assert table.lookup(*how, Recompute.NONE, 2) == "out of memory"
+    # Recomputed layers need less.
+    assert table.lookup(*how, Recompute.FULL, 2).source == "modelled"
+    assert with_ulysses(replace(points[0], failure="refused")).lookup(*how, Recompute.FULL, 1) == "refused"
+    # Where one rank has no room for its share, neither have these.
+    short = tuple(
+        replace(point, failure="out of memory")
+        if (point.part, point.tp, point.recompute, point.micro_batch_size) == (DIGEST, 1, Recompute.NONE, 4)
+        else point
+        for point in PROFILE.parts
+    )
+    table = with_ulysses(*points, profile=replace(PROFILE, parts=short))
+    assert table.lookup(*how, Recompute.NONE, 8) == "out of memory"
+    assert table.lookup(*how, Recompute.FULL, 8).activation_bytes == 400_000
+
+
+def test_a_layer_under_ulysses_reduces_whole_gradients_over_all_ranks():
+    points = tuple(ulysses_point(MODEL, 2, n) for n in (1, 2))
+    model = costs(parts=(*PROFILE.parts, *points))
+    assert model.prices_ulysses and not costs().prices_ulysses
+    strategy = Strategy(tp=2, dp=2, sequence_parallel=SequenceParallel.ULYSSES)
+    base = replace(strategy, sequence_parallel=SequenceParallel.MEGATRON)
+    setting = Setting(pp=1, virtual_stages=1, micro_batch_size=2, micro_batches=2, base=base)
+    price = model.priced_layer(0, strategy, setting)
+    assert not model.refusals
+    assert price.forward_seconds == pytest.approx(1e-3 + 1.4e-4)
+    assert price.cost.state_bytes == 16 * LAYER_PARAMETERS
+    sync = {term.name: term.value for term in price.sync_terms}
+    assert set(sync) == {"gradient reduction", "optimizer"}
+    assert sync["gradient reduction"] == pytest.approx(LATENCY / 4 + 4 * LAYER_PARAMETERS * PER_BYTE)
+    # Its layout is that of Megatron's sequence parallelism: nothing moves in between.
+    assert model.reshard_seconds(0, base, strategy, setting) == 0.0
 
 
 def test_a_failed_measurement_counts_for_larger_micro_batches_too():
