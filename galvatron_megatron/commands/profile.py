@@ -74,6 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tp", type=int, action="append", help="a tensor-parallel degree to measure; repeatable"
     )
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="measure a step over states in host memory, too, for galvatron search --offload; on GPUs "
+        "DeepSpeed compiles its optimizer for hosts, once for minutes",
+    )
     parser.add_argument("--again", action="store_true", help="measure also what the store has")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw points and curves into FILE")
     parser.add_argument("--json", action="store_true", help="print the profile as JSON")
@@ -124,7 +130,9 @@ def run(arguments: argparse.Namespace) -> int:
         write=action == "import",
     )
     limit = {"measure": 0, "list": 0, "show": 1, "export": 2, "import": len(words)}[action]
-    unused = () if action == "measure" else ("model", "seq_length", "ranks", "tp", "again", "megatron")
+    unused = (
+        () if action == "measure" else ("model", "seq_length", "ranks", "tp", "offload", "again", "megatron")
+    )
     unused += () if action in ("measure", "show") else ("plot",)
     for name in unused:
         if getattr(arguments, name):
@@ -182,6 +190,7 @@ def _measure(arguments: argparse.Namespace, directory: Path, megatron: list[str]
         "global_batch_size": arguments.global_batch_size,
         "micro_batch_sizes": arguments.micro_batch_size,
         "tps": arguments.tp,
+        "offload": arguments.offload,
         "again": arguments.again,
         "rank_timeout": arguments.rank_timeout,
     }

@@ -21,7 +21,8 @@ def run_rank(request: dict, end_stuck: Callable[[str], None] | None = None) -> s
     Args:
         request: ``megatron`` (words of a command line), ``directory``, ``device`` (``cpu`` or ``cuda``),
             ``global_batch_size``, ``micro_batch_sizes`` (or None), ``tps`` (or None),
-            ``again`` and, where it is not the usual one, ``rank_timeout`` (seconds to wait for another rank).
+            ``again`` and, where they are not the usual ones, ``rank_timeout`` (seconds to wait for another
+            rank) and ``offload`` (measure a step over states in host memory, too).
         end_stuck: ends this process with a line where it is stuck; by default that prints the line.
 
     Returns:
@@ -66,6 +67,7 @@ def run_rank(request: dict, end_stuck: Callable[[str], None] | None = None) -> s
         needs,
         Path(request["directory"]),
         again=request["again"],
+        host_step=request.get("offload", False),
         timeout_seconds=request.get("rank_timeout", RANK_TIMEOUT_SECONDS),
         end_stuck=end_stuck or end_process,
     )

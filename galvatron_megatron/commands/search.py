@@ -306,7 +306,7 @@ def _offloads(arguments: argparse.Namespace) -> tuple[Offload, ...]:
         raise SearchError(
             f"--offload parameters: needs ZeRO 3, up to {highest} may be used; valid: --max-zero 3"
         )
-    return tuple(Offload) if arguments.offload == Offload.PARAMETERS else (Offload.NONE, Offload.OPTIMIZER)
+    return Offload(arguments.offload).and_less
 
 
 def _batch_sizes(text: str) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ from galvatron_megatron.describe.profile_store import (
 from galvatron_megatron.errors import DescriptionError, SearchError, did_you_mean
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.runnable import HIGHEST_ZERO
+from galvatron_megatron.plan.strategy import Offload
 from galvatron_megatron.report.profile_report import provenance_line
 
 
@@ -146,7 +147,8 @@ def _measured(arguments: argparse.Namespace, model: Model, options: RunOptions) 
     lines = [f"measured: {provenance_line(profile)}"]
     if others:
         lines.append(f"{others} other profile(s) of this model are stored; --profile FINGERPRINT takes another")
-    lines.append("left out, as not measured: context and expert parallelism, Ulysses, offloading")
+    offloading = "" if costs.prices_offloading else ", offloading (galvatron profile --offload measures it)"
+    lines.append(f"left out, as not measured: context and expert parallelism, Ulysses{offloading}")
     return Prices(
         model=found,
         cluster=cluster,
@@ -198,7 +200,7 @@ def _refuse_unmeasured(arguments: argparse.Namespace, profile: Profile, costs: M
         "sequence_parallel": {point.sequence_parallel.value for point in points},
         "recompute": {point.recompute.value for point in points},
         "zero": {zero for zero in range(HIGHEST_ZERO + 1) if costs.has_optimizer(zero)},
-        "offload": {None},
+        "offload": {kind.value for kind in Offload if costs.prices_offloading},
     }
     for name, values in measured.items():
         value = getattr(arguments, name)

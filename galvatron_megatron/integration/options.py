@@ -11,6 +11,7 @@ from galvatron_megatron.errors import GalvatronError, did_you_mean
 from galvatron_megatron.integration.start_up import FLAG_PREFIX
 from galvatron_megatron.plan.document import SUFFIXES, check_target
 from galvatron_megatron.plan.runnable import ZERO_BACKENDS
+from galvatron_megatron.plan.strategy import Offload
 
 DEVICES = ("cuda", "cpu")
 
@@ -49,6 +50,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--galvatron-uniform",
         action="store_true",
         help="Only plans in which all layers run alike, on Megatron's own code alone.",
+    )
+    group.add_argument(
+        "--galvatron-offload",
+        metavar="STATES",
+        help="What a searched plan may keep in host memory, where that gains or alone fits: none (default), "
+        "optimizer (states of Adam and main weights), or parameters as well (with ZeRO 3).",
     )
     group.add_argument("--galvatron-plan-only", action="store_true", help="Print the plan and end.")
     group.add_argument("--galvatron-save-plan", metavar="FILE", help="Write the plan to FILE (.yaml or .json).")
@@ -119,6 +126,8 @@ class Options:
     """None: the default one, made at first use."""
     again: bool = False
     uniform: bool = False
+    offload: Offload = Offload.NONE
+    """The most that a searched plan may keep in host memory."""
     plan_only: bool = False
     save_plan: Path | None = None
     report: Path | None = None
@@ -154,6 +163,11 @@ class Options:
                 f"--galvatron-zero-backend: {args.galvatron_zero_backend!r} is unknown; "
                 f"{did_you_mean(args.galvatron_zero_backend, ZERO_BACKENDS)}"
             )
+        offload = args.galvatron_offload
+        if offload is not None and offload not in list(Offload):
+            raise GalvatronError(
+                f"--galvatron-offload: {offload!r} is unknown; {did_you_mean(offload, list(Offload))}"
+            )
         options = Options(
             auto=args.galvatron_auto,
             plan_file=_path("plan", args.galvatron_plan),
@@ -161,6 +175,7 @@ class Options:
             profile_directory=_path("profile-dir", args.galvatron_profile_dir),
             again=args.galvatron_again,
             uniform=args.galvatron_uniform,
+            offload=Offload(offload or Offload.NONE),
             plan_only=args.galvatron_plan_only,
             save_plan=_path("save-plan", args.galvatron_save_plan),
             report=_path("report", args.galvatron_report),
@@ -172,6 +187,11 @@ class Options:
         if options.auto and options.plan_file is not None:
             raise GalvatronError("--galvatron-plan and --galvatron-auto: both given; valid: one of them")
         _check_used(args, options)
+        if options.uniform and options.offload is not Offload.NONE:
+            raise GalvatronError(
+                f"--galvatron-offload {offload}: beside --galvatron-uniform, whose plans Megatron's own code "
+                "runs, on the device; valid: one of them"
+            )
         if options.observe is not None and options.observe.exists() and not options.observe.is_dir():
             raise GalvatronError(
                 f"--galvatron-observe: {options.observe} is a file; valid: a directory, made if need be"
@@ -183,7 +203,7 @@ class Options:
         return options
 
 
-_OF_A_SEARCH = ("memory_gb", "again", "uniform")
+_OF_A_SEARCH = ("memory_gb", "again", "uniform", "offload")
 _OF_A_PLAN = ("plan_only", "save_plan", "profile_dir", "report", "load_universal")
 _BESIDE_UNIVERSAL = (
     ("load", "both say where to go on from"),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from galvatron_megatron import __version__
+from galvatron_megatron.cost.host_memory import free_host_bytes
 from galvatron_megatron.cost.measured import MeasuredCostModel
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.describe.cluster import Cluster
@@ -34,6 +35,7 @@ from galvatron_megatron.plan.megatron_arguments import megatron_arguments, runs_
 from galvatron_megatron.plan.plan import Fingerprints, Plan
 from galvatron_megatron.plan.runnable import HIGHEST_STOCK_ZERO, HIGHEST_ZERO
 from galvatron_megatron.plan.serialization import read_plan
+from galvatron_megatron.plan.strategy import Offload
 from galvatron_megatron.profiler.needs import ProfileNeeds, tensor_degrees
 from galvatron_megatron.profiler.session import profile_live_ranks
 from galvatron_megatron.profiler.switches import switches_of
@@ -42,6 +44,7 @@ from galvatron_megatron.runtime.support import CHANGING_BATCH
 from galvatron_megatron.runtime.zero import zero_backend
 from galvatron_megatron.search.decision_tree import Space
 from galvatron_megatron.search.engine import search
+from galvatron_megatron.search.host_memory import offloads, search_within_hosts
 from galvatron_megatron.search.request import UNIFORM_MARGIN, SearchRequest
 from galvatron_megatron.search.result import SearchResult
 
@@ -54,16 +57,27 @@ _RECOMPUTE_ARGUMENTS = (
 
 
 def _needs_deepspeed(plan: Plan) -> bool:
-    """True where some states are sharded as DeepSpeed alone does it."""
-    return any(strategy.zero > HIGHEST_STOCK_ZERO for strategy in (plan.base, *plan.strategies))
+    """True where some states are kept as DeepSpeed alone does it."""
+    return offloads(plan) or any(
+        strategy.zero > HIGHEST_STOCK_ZERO for strategy in (plan.base, *plan.strategies)
+    )
 
 
-def _searched(request: SearchRequest, costs: MeasuredCostModel, left_out: Sequence[str]) -> SearchResult:
-    """Searches; where nothing is found, the error names what was left out as well."""
+def _searched(
+    request: SearchRequest, costs: MeasuredCostModel, left_out: Sequence[str]
+) -> tuple[SearchResult, str | None]:
+    """Searches; where nothing is found, the error names what was left out as well.
+
+    Returns:
+        The answer, and a line about what does not fit in host memory.
+    """
+    host_bytes = free_host_bytes(costs.cluster, costs.profile, request.memory_bytes)
     try:
-        return search(request, costs)
+        return search_within_hosts(request, costs, host_bytes, lambda asked: search(asked, costs))
     except SearchError as error:
-        raise SearchError("; ".join((str(error), *left_out))) from None
+        could = host_bytes and request.layerwise and request.offloads == (Offload.NONE,) and not left_out
+        more = ("states may lie in host memory by --galvatron-offload optimizer",) if could else left_out
+        raise SearchError("; ".join((str(error), *more))) from None
 
 
 class JobPlanner:
@@ -119,6 +133,11 @@ class JobPlanner:
         if args.global_batch_size is None:
             raise GalvatronError(
                 "--global-batch-size: missing; a plan is made for a batch; valid: an integer >= 1"
+            )
+        if options.offload is not Offload.NONE and find_spec("deepspeed") is None:
+            raise GalvatronError(
+                f"--galvatron-offload {options.offload.value}: deepspeed, which keeps states in host memory, "
+                "is not installed; valid: pip install deepspeed, or none"
             )
         self.model: Model = job_model(args, self.defaults)
 
@@ -196,6 +215,7 @@ class JobPlanner:
             "constraints": constraints,
             "memory_gb": self.options.memory_gb,
             "uniform": self.options.uniform,
+            "offload": self.options.offload.value,
             "max_zero": self._max_zero(),
             "run_options": asdict(self._run_options()),
             "switches": switches_of(self.args),
@@ -281,6 +301,7 @@ class JobPlanner:
             micro_batch_sizes=self._micro_batch_sizes(),
             sequence_parallel=only(fixed.sequence_parallel),
             zeros=only(fixed.zero),
+            host_step=self.options.offload is not Offload.NONE,
         )
 
     def _micro_batch_sizes(self) -> list[int] | None:
@@ -307,6 +328,7 @@ class JobPlanner:
             memory_bytes=1 << 60,
             global_batch_size=self.args.global_batch_size,
             constraints=self.constraints,
+            offloads=self.options.offload.and_less,
             layerwise=not self.options.uniform,
             max_zero=self._max_zero(),
             allow_ulysses=False,
@@ -321,6 +343,7 @@ class JobPlanner:
     def _search(
         self, profile: Profile, cluster: Cluster, profile_seconds: float, notes: tuple[str, ...]
     ) -> Decision:
+        started = time.perf_counter()
         costs = MeasuredCostModel(self.model, cluster, profile, self._run_options())
         request = replace(
             self._request(),
@@ -330,25 +353,23 @@ class JobPlanner:
         left_out: tuple[str, ...] = ()
         if request.max_zero < HIGHEST_ZERO and not self.options.uniform:
             left_out = ("only ZeRO 0 and 1: deepspeed is not installed",)
-        result = _searched(request, costs, left_out)
-        seconds = result.search_seconds
+        result, note = _searched(request, costs, left_out)
         # What the runtime refuses is left out: what DeepSpeed would do first, then layers that differ.
+        on_device = {"offloads": (Offload.NONE,)}
+        stock = on_device | {"max_zero": HIGHEST_STOCK_ZERO}
         for words, concerns, changes in (
-            ("only ZeRO 0 and 1", _needs_deepspeed, {"max_zero": HIGHEST_STOCK_ZERO}),
-            (
-                "only plans that run every layer alike",
-                lambda plan: True,
-                {"layerwise": False, "max_zero": HIGHEST_STOCK_ZERO},
-            ),
+            ("nothing is offloaded", offloads, on_device),
+            ("only ZeRO 0 and 1", _needs_deepspeed, stock),
+            ("only plans that run every layer alike", lambda plan: True, stock | {"layerwise": False}),
         ):
             if runs_on_stock_megatron(result.plan) or not concerns(result.plan):
                 continue
             if problem := self._runtime_problem(result.plan):
                 left_out = (*left_out, f"{words}: {problem}")
                 request = replace(request, **changes)
-                result = _searched(request, costs, left_out)
-                seconds += result.search_seconds
-        notes = (*notes, *left_out)
+                result, note = _searched(request, costs, left_out)
+        seconds = time.perf_counter() - started
+        notes = (*notes, *left_out, *([note] if note else []))
         return self._decision(result, profile, cluster, profile_seconds, seconds, notes)
 
     def _decision(

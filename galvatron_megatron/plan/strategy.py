@@ -39,6 +39,12 @@ class Offload(StrEnum):
     PARAMETERS = "parameters"
     """Weight shards as well; they are fetched for every pass (arXiv 2104.07857, on host memory)."""
 
+    @property
+    def and_less(self) -> tuple["Offload", ...]:
+        """All kinds that keep no more in host memory, the least first."""
+        kinds = tuple(Offload)
+        return kinds[: kinds.index(self) + 1]
+
 
 _KINDS = (("sequence_parallel", SequenceParallel), ("recompute", Recompute), ("offload", Offload))
 LEAST_ZERO = {Offload.NONE: 0, Offload.OPTIMIZER: 1, Offload.PARAMETERS: 3}

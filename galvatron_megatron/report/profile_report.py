@@ -98,9 +98,10 @@ def print_profile(profile: Profile, console: Console) -> None:
     steps = Table(title="optimizer step", header_style="bold", title_justify="left")
     for name in ("zero", "tensors", "parameters", "updated here", "ms"):
         steps.add_column(name, justify="right")
-    for step in profile.steps:
-        counts = (step.zero, step.tensors, step.parameters, step.updated)
-        steps.add_row(*(str(count) for count in counts), f"{step.seconds * 1e3:.2f}")
+    for where, found in (("", profile.steps), (" in host memory", profile.host_steps)):
+        for step in found:
+            counts = (f"{step.zero}{where}", step.tensors, step.parameters, step.updated)
+            steps.add_row(*(str(count) for count in counts), f"{step.seconds * 1e3:.2f}")
     if profile.steps:
         console.print(steps)
     for note in profile.notes:

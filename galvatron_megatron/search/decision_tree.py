@@ -53,6 +53,7 @@ RULES = {
     "zero_replicas": "ZeRO needs several ranks that hold the same weights",
     "zero_allowed": "the ZeRO stage is above max_zero or another one is fixed by hand",
     "offload_allowed": "states stay on the device unless offloading is asked for",
+    "offload_experts": "states of layers with experts stay on the device",
     "offload_zero": "the host keeps what ZeRO shards: optimizer states need stage 1, weights stage 3",
     "recompute_allowed": "this recomputation is switched off or another one is fixed by hand",
     "recompute_attention": "selective recomputation computes attention again: the layer needs attention",
@@ -332,6 +333,9 @@ class Space:
 
     def _generate(self, layer: Layer, ranks: int, forced: bool | None, on_device: bool) -> Iterator[Strategy]:
         kinds = self.recompute_kinds(layer, forced)
+        if layer.experts is not None and not on_device:
+            self.cuts["offload_experts"] += len(self.request.offloads) - (Offload.NONE in self.request.offloads)
+            on_device = True
         for tp, kind, cp, dp in self._layouts(ranks):
             rule = tp_rule(layer, self.request.model, tp, kind) or cp_rule(layer, cp)
             if rule is not None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from galvatron_megatron.errors import GalvatronError
 from galvatron_megatron.integration.options import Options, add_options, check_flag_names
+from galvatron_megatron.plan.strategy import Offload
 
 
 def read(*words: str) -> Options:
@@ -45,6 +46,12 @@ def test_flags_are_read(tmp_path):
         (["--galvatron-auto", "--galvatron-memory-gb=-1"], r"--galvatron-memory-gb: '-1'"),
         (["--galvatron-auto", "--galvatron-memory-gb", "nan"], r"--galvatron-memory-gb: 'nan'"),
         (["--galvatron-auto", "--galvatron-plan", "x"], r"--galvatron-plan and --galvatron-auto: both"),
+        (["--galvatron-auto", "--galvatron-offload", "optimiser"], r"-offload: 'optimiser'.*'optimizer'"),
+        (["--galvatron-plan", "p", "--galvatron-offload", "none"], r"--galvatron-offload: the plan is given"),
+        (
+            ["--galvatron-auto", "--galvatron-uniform", "--galvatron-offload", "parameters"],
+            r"--galvatron-offload parameters: beside --galvatron-uniform.*; valid: one of them",
+        ),
         (["--galvatron-plan-only"], r"--galvatron-plan-only: nothing is planned; valid: with --galvatron-auto"),
         (["--galvatron-profile-dir", "/p"], r"--galvatron-profile-dir: nothing is planned"),
         (["--galvatron-auto", "--galvatron-report", "/no/where/r.json"], r"directory /no/where does not exist"),
@@ -69,6 +76,11 @@ def test_bad_values_are_named_in_one_line(words, message):
     with pytest.raises(GalvatronError, match=message) as caught:
         read(*words)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("offload", Offload)
+def test_what_may_lie_in_host_memory_is_read(offload):
+    assert read("--galvatron-auto", "--galvatron-offload", offload.value).offload is offload
 
 
 @pytest.mark.parametrize("other", ["load", "pretrained_checkpoint", "finetune", "no_load_optim", "skip_train"])

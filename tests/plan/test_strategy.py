@@ -60,5 +60,6 @@ def test_text() -> None:
     )
     assert str(strategy) == "tp2+megatron cp2 dp4 zero1 recompute-full"
     assert str(Strategy()) == "tp1 dp1"
+    assert [len(kind.and_less) for kind in Offload] == [1, 2, 3] and Offload.NONE.and_less == (Offload.NONE,)
     assert str(Strategy(dp=2, zero=3, offload=Offload.PARAMETERS)) == "tp1 dp2 zero3 offload-parameters"
     assert str(Strategy(tp=2, dp=4, expert_parallel=4, expert_tensor_parallel=1)) == "tp2 dp4 ep4 etp1"
