@@ -40,7 +40,6 @@ class ZeroOptimizer(MegatronOptimizer):
         self.is_stub_optimizer = engine is None
         self.grad_scaler = grad_scaler
         self.tp_group = part.tp_group
-        self.group = part.dp_cp_group
         self._shards = [] if engine is None else [self._shard(piece) for piece in engine.pieces]
 
     def _shard(self, piece: Any) -> torch.Tensor:

@@ -8,7 +8,12 @@ pytestmark = pytest.mark.distributed
 HALFWAY = 5
 PLANS = {
     "mixed": (4, "tp1", [["tp1", "tp2", "tp4 zero1", "tp4+ulysses"]], {}),
-    "split": (4, "tp2+megatron zero1", [["tp4+megatron zero1", "tp1 zero1", "tp2", "tp1 recompute-full"]], {}),
+    "split": (
+        4,
+        "tp2+megatron zero1",
+        [["tp4+megatron zero1", "tp1 zero1", "tp2", "tp1 recompute-full"]],
+        {"arguments": {"ckpt-fully-parallel-load": True}},
+    ),
     "pipeline": (4, "tp2 zero1", [["tp2+megatron zero1", "tp1"], ["tp1 zero1", "tp2"]], {"pp": 2}),
     "uneven": (4, "tp1", [["tp2"], ["tp1", "tp2+ulysses", "tp1"]], {"pp": 2}),
     "uniform": (4, "tp2 zero1", [["tp2 zero1"] * 4], {}),
@@ -17,7 +22,12 @@ PLANS = {
     "one": (1, "tp1", [["tp1"] * 4], {}),
     "apart": (4, "tp1", [["tp1", "tp2", "tp4+megatron", "tp4+ulysses zero1"]], {}),
     "alike": (4, "tp2 zero1", [["tp2 zero1", "tp2 zero1"]] * 2, {"pp": 2, "pattern": "*-|*-"}),
-    "gradients": (4, "tp1 zero2", [["tp1 zero2", "tp2+megatron zero3", "tp4 zero2", "tp2 zero1"]], {}),
+    "gradients": (
+        4,
+        "tp1 zero2",
+        [["tp1 zero2", "tp2+megatron zero3", "tp4 zero2", "tp2 zero1"]],
+        {"arguments": {"ckpt-fully-parallel-load": True}},
+    ),
     "parameters": (4, "tp2 zero3", [["tp1 zero3", "tp2 zero3"], ["tp2+megatron zero2", "tp1"]], {"pp": 2}),
     "shared-out": (4, "tp1", [["tp2", "tp1 ep2", "tp2+megatron ep2 zero1", "tp1 cp2"]], {}),
     "in-parts": (4, "tp2+megatron zero1", [["tp4", "tp4+megatron", "tp1 ep4 zero1", "tp2 zero1"]], {}),
