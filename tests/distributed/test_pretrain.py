@@ -13,13 +13,16 @@ from galvatron_megatron.cost.estimate import estimate_plan
 from galvatron_megatron.cost.measured import MeasuredCostModel
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.describe.megatron_args import model_from_arguments, parse_command_line
+from galvatron_megatron.describe.profile import StepPoint
 from galvatron_megatron.describe.profile_cluster import cluster_from_ranks
 from galvatron_megatron.describe.profile_store import from_json
 from galvatron_megatron.errors import EXIT_CODE, SearchError
 from galvatron_megatron.plan.constraints import Constraints
 from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
 from galvatron_megatron.plan.serialization import plan_from_dict, read_plan
+from galvatron_megatron.plan.strategy import Offload
 from galvatron_megatron.search.engine import search
+from galvatron_megatron.search.host_memory import offloads
 from galvatron_megatron.search.request import SearchRequest
 
 pytestmark = pytest.mark.distributed
@@ -111,7 +114,7 @@ def smallest_memory(costs: MeasuredCostModel, request: SearchRequest) -> int:
     return high
 
 
-def test_what_fits_with_sharded_weights_alone_is_planned_so_and_trains(planned, tmp_path):
+def test_what_fits_with_sharded_or_offloaded_states_alone_is_planned_so_and_trains(planned, tmp_path):
     directory, *_ = planned
     (profile_file,) = directory.glob("profile-*.json")
     profile = from_json(profile_file.read_text(), str(profile_file))
@@ -130,7 +133,9 @@ def test_what_fits_with_sharded_weights_alone_is_planned_so_and_trains(planned, 
         constraints=Constraints(tp=1, pp=1),
         allow_cp=False,
     )
-    costs = MeasuredCostModel(model, cluster, profile, options)
+    # What a step over states in host memory takes is measured by the job below; memory does not depend on it.
+    step = StepPoint(tensors=1, parameters=10**6, updated=10**6, zero=1, seconds=1e-2)
+    costs = MeasuredCostModel(model, cluster, replace(profile, host_steps=(step,)), options)
     least = [smallest_memory(costs, replace(request, max_zero=zero)) for zero in range(4)]
     assert least[3] < least[2] < least[1] < least[0]
     memory = ["--galvatron-memory-gb", repr((least[2] + least[3]) / 2 / 2**30)]
@@ -147,6 +152,24 @@ def test_what_fits_with_sharded_weights_alone_is_planned_so_and_trains(planned, 
     assert "galvatron: plan (searched)" in job.text
     assert list(job.losses) == [1, 2, 3, 4] and job.losses[4] < job.losses[1]
     assert found["measured_step_seconds"] > 0
+
+    store = tmp_path / "store"
+    store.mkdir()
+    shutil.copy(profile_file, store)
+    with_host = smallest_memory(costs, replace(request, offloads=tuple(Offload)))
+    assert with_host < least[3]
+    memory = ["--galvatron-memory-gb", repr((with_host + least[3]) / 2 / 2**30)]
+    auto = ["--galvatron-auto", "--galvatron-profile-dir", str(store), "--galvatron-report", str(report)]
+    offloaded = run_ranks(2, [str(SMALL), *words, *auto, *memory, "--galvatron-offload", "parameters"])
+    assert offloaded.codes == [0, 0], offloaded.text[-3000:]
+    found = json.loads(report.read_text())
+    plan = plan_from_dict(found["plan"])
+    assert offloads(plan) and max(found["memory_bytes"]) < least[3]
+    assert list(offloaded.losses) == [1, 2, 3, 4]
+    assert offloaded.losses == pytest.approx(job.losses, abs=1e-5)
+    # Of all that was measured before, only the step over states in host memory was missing.
+    grown = from_json((store / profile_file.name).read_text(), "grown")
+    assert len(grown.host_steps) == 2 and grown.parts == profile.parts and grown.steps == profile.steps
 
 
 def test_the_deepspeed_launcher_gives_the_same_plan_and_losses(planned, tmp_path):
