@@ -39,7 +39,7 @@ from galvatron_megatron.describe.profile_cluster import cluster_from_ranks
 from galvatron_megatron.describe.profile_store import list_profiles
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.serialization import write_plan
-from galvatron_megatron.plan.strategy import Recompute, Strategy
+from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
 from galvatron_megatron.profiler.needs import divisors, tensor_degrees
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +75,29 @@ def uniform_plans(model: Model, options: argparse.Namespace) -> Iterator[Plan]:
                             base=base,
                             stages=(StagePlan(layers=(layer,) * (len(model.layers) // pp)),) * pp,
                         )
+
+
+def ulysses_plans(model: Model, options: argparse.Namespace) -> Iterator[Plan]:
+    """All layers under Ulysses, over a base that splits the sequence too, or the batch."""
+    middle = options.sizes[len(options.sizes) // 2]
+    for tp in tensor_degrees(model, options.ranks)[1:]:
+        dp = options.ranks // tp
+        layer = Strategy(tp=tp, dp=dp, sequence_parallel=SequenceParallel.ULYSSES)
+        split = replace(layer, sequence_parallel=SequenceParallel.MEGATRON)
+        for base in (split, Strategy(dp=options.ranks)):
+            for size in options.sizes:
+                # Sizes of a layer's micro-batch; the base layout has a share of it.
+                if size * dp % base.dp or options.batch % (size * dp):
+                    continue
+                for recompute in (Recompute.NONE, Recompute.FULL) if size == middle else (Recompute.NONE,):
+                    planned = LayerPlan(kind=model.layers[0].kind, strategy=replace(layer, recompute=recompute))
+                    yield Plan(
+                        pp=1,
+                        micro_batch_size=size * dp // base.dp,
+                        micro_batches=options.batch // (size * dp),
+                        base=base,
+                        stages=(StagePlan(layers=(planned,) * len(model.layers)),),
+                    )
 
 
 def environment() -> dict[str, str]:
@@ -211,6 +234,7 @@ def main() -> int:
     parser.add_argument(
         "--zero", type=int, nargs="+", choices=(2, 3), default=[], help="ZeRO stages to try beside 0 and 1"
     )
+    parser.add_argument("--ulysses", action="store_true", help="also plans with all layers under Ulysses")
     parser.add_argument("--iterations", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument(
@@ -228,6 +252,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         options.directory = (options.directory or Path(temporary)).resolve()
         plans = list(uniform_plans(model, options))
+        if options.ulysses:
+            plans += ulysses_plans(model, options)
         for link in options.link or [None]:
             profile, measured = measure_link(link, plans, options)
             costs = MeasuredCostModel(
@@ -240,7 +266,9 @@ def main() -> int:
 
 def describe(plan: Plan) -> str:
     """A plan in a few words."""
-    return f"pp{plan.pp} {plan.layers[0].strategy}, {plan.micro_batches} x {plan.micro_batch_size}"
+    layer, base = plan.layers[0].strategy, plan.base
+    words = f"pp{plan.pp} {layer}, {plan.micro_batches} x {plan.micro_batch_size}"
+    return words if (base.tp, base.dp) == (layer.tp, layer.dp) else f"{words} on dp{base.dp}"
 
 
 def show(link: str | None, plans: list[Plan], predicted: list[float], measured: list[float]) -> None:

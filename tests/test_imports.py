@@ -32,6 +32,9 @@ MAY_IMPORT = {
         "host_adam",
         "integration.cpu_device",
         "integration.local_hybrid_spec",
+        # What is measured under Ulysses is the attention that the runtime runs.
+        "runtime.rotary",
+        "runtime.ulysses",
     },
 }
 """What a package may import of this project besides itself; one that is not listed may import anything."""

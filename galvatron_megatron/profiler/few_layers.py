@@ -19,6 +19,7 @@ from galvatron_megatron.describe.model import Layer, Model
 from galvatron_megatron.errors import GalvatronError
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.strategy import SequenceParallel
+from galvatron_megatron.profiler.exchanged_layers import exchanging, hold_slices
 from galvatron_megatron.profiler.process_group import answer_timeout
 
 HYBRID_SYMBOL = {LayerKind.ATTENTION: "*", LayerKind.MLP: "-", LayerKind.MOE: "E", LayerKind.MAMBA: "M"}
@@ -160,6 +161,13 @@ class FewLayers:
     ddp: torch.nn.Module
     """The module in Megatron's own data-parallel wrapper."""
     layers: int
+    sequence_group: torch.distributed.ProcessGroup | None = None
+    """Ranks that split the sequence of the layers (Ulysses), or None where every rank has all of it."""
+
+    @property
+    def sequence_parts(self) -> int:
+        """In how many parts the sequence is split behind the embedding."""
+        return 1 if self.sequence_group is None else self.sequence_group.size()
 
     @property
     def layer_modules(self) -> list[torch.nn.Module]:
@@ -189,13 +197,23 @@ def last_norm(decoder: torch.nn.Module) -> torch.nn.Module | None:
     return getattr(decoder, name, None)
 
 
-def build(arguments: Namespace, layers: int) -> FewLayers:
-    """Builds the model that validated arguments describe, in the current parallel state."""
+def build(
+    arguments: Namespace, layers: int, sequence_group: torch.distributed.ProcessGroup | None = None
+) -> FewLayers:
+    """Builds the model that validated arguments describe, in the current parallel state.
+
+    Args:
+        arguments: of Megatron, for a model of ``layers`` layers.
+        layers: how many.
+        sequence_group: ranks over which the layers run under Ulysses; None for Megatron's own layers.
+    """
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.transformer.module import Float16Module
     from megatron.training.training import get_megatron_ddp_config
 
-    module = bare_model(arguments)
+    module = bare_model(arguments, sequence_group)
+    if sequence_group is not None:
+        hold_slices(module.decoder, sequence_group)
     module.cuda(torch.cuda.current_device())
     wrapped = module
     if arguments.fp16 or arguments.bf16:
@@ -204,11 +222,18 @@ def build(arguments: Namespace, layers: int) -> FewLayers:
     ddp_config.check_for_nan_in_grad = False
     ddp_config.check_for_large_grads = False
     ddp = DistributedDataParallel(config=module.config, ddp_config=ddp_config, module=wrapped)
-    return FewLayers(arguments=arguments, module=module, ddp=ddp, layers=layers)
+    return FewLayers(arguments=arguments, module=module, ddp=ddp, layers=layers, sequence_group=sequence_group)
 
 
-def bare_model(arguments: Namespace) -> torch.nn.Module:
-    """The ``GPTModel`` or ``HybridModel`` that validated arguments describe, without any wrapper."""
+def bare_model(
+    arguments: Namespace, sequence_group: torch.distributed.ProcessGroup | None = None
+) -> torch.nn.Module:
+    """The ``GPTModel`` or ``HybridModel`` that validated arguments describe, without any wrapper.
+
+    Args:
+        arguments: of Megatron.
+        sequence_group: ranks over which its attention exchanges heads for sequence; None where it does not.
+    """
     from megatron.core.transformer.spec_utils import import_module
     from megatron.training.arguments import core_transformer_config_from_args
 
@@ -231,6 +256,8 @@ def bare_model(arguments: Namespace) -> torch.nn.Module:
         from megatron.core.models.hybrid.hybrid_model import HybridModel
 
         spec = hybrid_stack_spec if arguments.spec is None else import_module(arguments.spec)
+        if sequence_group is not None:
+            spec = exchanging(spec, sequence_group)
         return HybridModel(
             hybrid_stack_spec=spec, hybrid_layer_pattern=arguments.hybrid_layer_pattern, **common
         )
@@ -246,6 +273,8 @@ def bare_model(arguments: Namespace) -> torch.nn.Module:
             normalization=arguments.normalization,
             qk_l2_norm=arguments.qk_l2_norm,
         )
+    if sequence_group is not None:
+        spec = exchanging(spec, sequence_group)
     return GPTModel(transformer_layer_spec=spec, rope_scaling=arguments.use_rope_scaling, **common)
 
 

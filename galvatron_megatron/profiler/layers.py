@@ -34,7 +34,10 @@ class _Batch:
 
 
 def make_batch(few: FewLayers, micro_batch_size: int, seq_length: int) -> _Batch:
-    """Random tokens in the shape that Megatron's data loader gives: [micro_batch_size, seq_length]."""
+    """Random tokens in the shape that Megatron's data loader gives: [micro_batch_size, seq_length].
+
+    The head of layers that split the sequence sees this rank's part alone: [micro_batch_size, part] labels.
+    """
     shape = (micro_batch_size, seq_length)
     vocabulary = few.arguments.padded_vocab_size
     mask = None
@@ -44,7 +47,9 @@ def make_batch(few: FewLayers, micro_batch_size: int, seq_length: int) -> _Batch
     return _Batch(
         tokens=torch.randint(0, vocabulary, shape, device="cuda"),
         positions=torch.arange(seq_length, device="cuda").expand(shape).contiguous(),
-        labels=torch.randint(0, vocabulary, shape, device="cuda"),
+        labels=torch.randint(
+            0, vocabulary, (micro_batch_size, seq_length // few.sequence_parts), device="cuda"
+        ),
         mask=mask,
     )
 
@@ -263,7 +268,9 @@ class PartMeasurement:
             "micro_batch_size": self.micro_batch_size,
         }
         plain = self.recompute is Recompute.NONE
-        names = {self.layer_name: "layer"} | ({EMBEDDING: EMBEDDING, HEAD: HEAD} if plain else {})
+        names = {self.layer_name: "layer"}
+        if plain and self.few.sequence_group is None:
+            names |= {EMBEDDING: EMBEDDING, HEAD: HEAD}
         if self.failure:
             return [PartPoint(part=name, failure=self.failure, **common) for name in names]
         parameters = _parameters(self.few)

@@ -229,6 +229,26 @@ class Space:
                         found.append((tp, kind, cp, ranks // tp // cp))
         return tuple(found)
 
+    def ulysses_degrees(self) -> tuple[int, ...]:
+        """Degrees with which some layer may run under Ulysses, rising; none where all layers run alike."""
+        request = self.request
+        if not request.layerwise:
+            return ()
+        found = {
+            tp
+            for pp in self._pipeline_degrees()
+            for tp, kind, _, _ in self._layouts(request.world_size // pp)
+            if kind is SequenceParallel.ULYSSES
+        }
+        return tuple(
+            tp
+            for tp in sorted(found)
+            if any(
+                tp_rule(layer, request.model, tp, SequenceParallel.ULYSSES) is None
+                for layer in set(request.model.layers)
+            )
+        )
+
     def _sequence_parallel_allowed(self, kind: SequenceParallel, tp: int) -> bool:
         fixed = self.request.constraints.sequence_parallel
         if fixed is not None and tp > 1:

@@ -100,6 +100,29 @@ def test_switches_limit_the_space():
     assert SequenceParallel.ULYSSES not in {s.sequence_parallel for s in found}
 
 
+def test_ulysses_is_asked_for_with_the_degrees_of_the_space_where_layers_may_differ():
+    # Of 1,024 tokens a rank keeps 256 at least; groups stay inside nodes of 6 ranks.
+    model = tiny_model([0] * 8, seq_length=1024)
+    case = request(model=model, world_size=24, global_batch_size=24)
+    degrees = Space(request=case).ulysses_degrees()
+    found = {
+        strategy.tp
+        for outer in Space(request=case).outers()
+        for strategy in Space(request=case).strategies(model.layers[0], outer)
+        if strategy.sequence_parallel is SequenceParallel.ULYSSES
+    }
+    assert degrees == tuple(sorted(found)) == (2,)
+    assert Space(request=replace(case, devices_per_node=8)).ulysses_degrees() == (2, 4)
+    for changes in (
+        {"layerwise": False},
+        {"allow_ulysses": False},
+        {"constraints": Constraints(tp=1)},
+        {"constraints": Constraints(sequence_parallel=SequenceParallel.MEGATRON)},
+        {"min_tokens_per_rank": 1024},
+    ):
+        assert Space(request=replace(case, **changes)).ulysses_degrees() == ()
+
+
 def test_zero_needs_replicas():
     space, found = strategies(request(world_size=6, allow_cp=False, allow_ulysses=False))
     assert {s.zero for s in found if s.tp == 6} == {0} and space.cuts["zero_replicas"] > 0
