@@ -26,11 +26,17 @@ from galvatron_megatron.search.host_memory import offloads
 from galvatron_megatron.search.request import SearchRequest
 
 pytestmark = pytest.mark.distributed
+HALFWAY = 5
 
 
 def observed_in(directory):
     """Where the planned job writes what its parts took."""
     return directory.parent / "observed"
+
+
+def saved_in(directory):
+    """Where the planned job writes its checkpoints, the first one halfway."""
+    return directory.parent / "checkpoints"
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +48,7 @@ def planned(tmp_path_factory):
     words = ["--galvatron-auto", "--galvatron-profile-dir", str(directory), "--galvatron-uniform"]
     extra = ["--galvatron-report", str(report), "--galvatron-save-plan", str(saved)]
     extra += ["--galvatron-observe", str(observed_in(directory))]
+    extra += ["--save", str(saved_in(directory)), "--save-interval", str(HALFWAY)]
     job = torchrun(2, [str(SMALL), *SIZES, *words, *extra])
     assert job.codes == [0], job.text[-3000:]
     return directory, words, job, report, saved
@@ -99,6 +106,24 @@ def test_a_kept_plan_is_used_again_and_damage_costs_nothing_but_time(planned):
     # The tests below read what the job above kept.
     for path, text in before.items():
         path.write_text(text)
+
+
+def test_a_job_goes_on_with_fewer_ranks_under_a_plan_of_its_own(planned, tmp_path):
+    """Resumed halfway, --galvatron-auto measures, searches and trains as if nothing had changed."""
+    directory, _, job, report, _ = planned
+    again = tmp_path / "report.json"
+    words = ["--galvatron-auto", "--galvatron-profile-dir", str(tmp_path), "--galvatron-report", str(again)]
+    words += ["--load", str(saved_in(directory)), "--ckpt-step", str(HALFWAY)]
+    resumed = run_ranks(1, [str(SMALL), *SIZES, *words])
+    assert resumed.codes == [0], resumed.text[-3000:]
+    assert "galvatron: plan (searched)" in resumed.text and resumed.errors == []
+    before, after = (plan_from_dict(json.loads(path.read_text())["plan"]) for path in (report, again))
+    assert (before.world_size, after.world_size) == (2, 1)
+    assert list(resumed.losses) == list(range(HALFWAY + 1, 11))
+    # Megatron logs the first two iterations of a job as their mean, with the second one.
+    expected = {step: loss for step, loss in job.losses.items() if step > HALFWAY}
+    expected[HALFWAY + 2] = (expected[HALFWAY + 1] + expected[HALFWAY + 2]) / 2
+    assert resumed.losses == pytest.approx(expected, abs=5e-6)
 
 
 def smallest_memory(costs: MeasuredCostModel, request: SearchRequest) -> int:
