@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from operator import attrgetter, itemgetter
+from statistics import fmean
 
 import numpy as np
 
@@ -54,14 +55,17 @@ class PartTable:
         Between two measured micro-batch sizes every number lies on the line through them; above the largest
         it goes on along the last line (through the origin where there is one point only). Recomputation is
         measured at fewer sizes: what it adds to the time without it lies on the line through them. Ulysses is
-        measured for what it adds to a layer on one rank, where that was measured.
+        measured for what it adds to a layer on one rank, where that was measured; recomputed, it is only known
+        where a job was observed.
 
         Returns:
             The cost, or the reason why there is none: Megatron's refusal, ``out of memory`` (also for all
             larger micro-batches) or ``not measured``.
         """
         if kind is SequenceParallel.ULYSSES and self._on_one_rank(part, recompute):
-            return self._exchanged(part, tp, recompute, micro_batch_size)
+            own = self._points[part, tp, kind.value, recompute.value]
+            if recompute is Recompute.NONE or not own:
+                return self._exchanged(part, tp, recompute, micro_batch_size)
         return self._found(part, tp, kind, recompute, micro_batch_size)
 
     @property
@@ -83,8 +87,12 @@ class PartTable:
         through them, and goes on along it.
 
         Attention is recomputed with its exchanges. Where recomputation repeats the part r of one rank's forward
-        pass F, it adds r F(b / t) and the forward part of A(b); r is that of the nearest size at which one rank
-        was measured, since a line through its points, which are noisy, says little below them.
+        pass F, it adds r F(b / t) and the forward part of A(b). Full recomputation repeats all of it; else r is
+        the average over the sizes at which one rank was measured, since a line through its points, which are
+        noisy, says little below them.
+
+        Exchanged tensors are kept in place of the others and are as large, so that the kept bytes are those of
+        b / t samples on one rank, where no library holds on to what was sent.
         """
         key = (part, ranks, SequenceParallel.ULYSSES.value, Recompute.NONE.value)
         points = self._points[key]
@@ -108,34 +116,33 @@ class PartTable:
         forward, backward = (
             max(computed(name, samples) + added(name), 0.0) for name in ("forward_seconds", "backward_seconds")
         )
-        # Of a layer that is computed again only its input is kept.
-        kept = 0.0 if recompute is Recompute.FULL else added("activation_bytes")
         if recompute is not Recompute.NONE:
-            share = self._recomputed_share(part, recompute, samples / ranks)
+            share = self._recomputed_share(part, recompute)
             backward += max(forward - (1 - share) * computed("forward_seconds", samples), 0.0)
         is_inside = points[0].micro_batch_size <= samples <= points[-1].micro_batch_size
         return PartCost(
             forward_seconds=forward,
             backward_seconds=backward,
-            activation_bytes=max(round(held.activation_bytes + kept), 0),
-            transient_bytes=max(round(held.transient_bytes + added("transient_bytes")), 0),
+            activation_bytes=held.activation_bytes,
+            transient_bytes=held.transient_bytes + max(round(added("transient_bytes")), 0),
             parameters=points[-1].parameters,
             tensors=points[-1].tensors,
             source="measured" if is_inside and recompute is Recompute.NONE else "modelled",
         )
 
-    def _recomputed_share(self, part: str, recompute: Recompute, samples: float) -> float:
-        """Which part of a forward pass on one rank is computed again, at the nearest measured size."""
-        plain = self._on_one_rank(part, Recompute.NONE)
-        nearest = min(
-            self._on_one_rank(part, recompute), key=lambda point: abs(point.micro_batch_size - samples)
-        )
-        forward, backward = (
-            _read(plain, nearest.micro_batch_size, attrgetter(name))
-            for name in ("forward_seconds", "backward_seconds")
-        )
-        more = nearest.forward_seconds + nearest.backward_seconds - forward - backward
-        return max(more / forward, 0.0) if forward else 0.0
+    def _recomputed_share(self, part: str, recompute: Recompute) -> float:
+        """Which part of a forward pass is computed again: on average over what was measured on one rank."""
+        if recompute is Recompute.FULL:
+            return 1.0
+        plain, shares = self._on_one_rank(part, Recompute.NONE), []
+        for point in self._on_one_rank(part, recompute):
+            forward, backward = (
+                _read(plain, point.micro_batch_size, attrgetter(name))
+                for name in ("forward_seconds", "backward_seconds")
+            )
+            more = point.forward_seconds + point.backward_seconds - forward - backward
+            shares.append(min(max(more / forward, 0.0), 1.0) if forward else 0.0)
+        return fmean(shares)
 
     def _found(
         self, part: str, tp: int, kind: SequenceParallel, recompute: Recompute, micro_batch_size: float

@@ -208,6 +208,9 @@ def test_ulysses_without_one_rank_is_read_as_it_was_measured_and_failures_count(
     assert table.lookup(*how, Recompute.FULL, 1).backward_seconds == pytest.approx(5e-3)
     assert table.lookup(*how, Recompute.SELECTIVE, 1) == "not measured"
     assert with_ulysses().lookup(*how, Recompute.NONE, 1) == "not measured"
+    # A job that ran it so was observed.
+    observed = with_ulysses(*points, again)
+    assert observed.lookup(*how, Recompute.FULL, 1).backward_seconds == pytest.approx(5e-3)
     failed = replace(points[1], failure="out of memory")
     table = with_ulysses(points[0], failed)
     assert table.lookup(*how, Recompute.NONE, 1).source == "measured"
@@ -375,20 +378,23 @@ def test_zero_2_reduces_after_every_micro_batch_and_gathers_behind_the_step(micr
 
 
 @pytest.mark.parametrize(("recompute", "again"), [(Recompute.NONE, 1), (Recompute.FULL, 2)])
-def test_zero_3_gathers_every_module_in_every_pass(recompute, again):
+def test_zero_3_gathers_every_module_but_norms_in_every_pass(recompute, again):
     strategy = Strategy(dp=4, zero=3, recompute=recompute)
     setting = Setting(pp=1, virtual_stages=1, micro_batch_size=1, micro_batches=8, base=Strategy(dp=4))
     price = costs().priced_layer(0, strategy, setting)
-    # Two norms and four linears.
-    gathered = 6 * LATENCY + LAYER_PARAMETERS * 4 * PER_BYTE
+    # Four linears; two norms stay whole and are gathered behind the step, with those of all layers.
+    norms = 4 * MODEL.hidden_size
+    gathered = 4 * LATENCY + (LAYER_PARAMETERS - norms) * 4 * PER_BYTE
     reduced = sent(4 * LAYER_PARAMETERS * 4) / 4
     plain = costs().priced_layer(0, replace(strategy, zero=0), setting)
     assert price.forward_seconds == pytest.approx(plain.forward_seconds + gathered)
     assert price.backward_seconds == pytest.approx(plain.backward_seconds + again * gathered + reduced)
-    assert [term.name for term in price.sync_terms] == ["optimizer"]
-    assert price.cost.state_bytes == LAYER_PARAMETERS * 16 / 4
+    sync = {term.name: term.value for term in price.sync_terms}
+    assert sync.keys() == {"optimizer", "parameter gathering"}
+    assert sync["parameter gathering"] == pytest.approx(sent(4 * norms * 4) / 4)
+    assert price.cost.state_bytes == LAYER_PARAMETERS * 16 / 4 + norms * 4
     bucket = 4 * LAYER_PARAMETERS * 4
-    assert price.cost.transient_bytes == 50_000 + 2 * LAYER_PARAMETERS * 4 + bucket
+    assert price.cost.transient_bytes == 50_000 + 2 * (LAYER_PARAMETERS - norms) * 4 + bucket
     short = RunOptions(implementation="local", bucket_elements=LAYER_PARAMETERS)
     small = MeasuredCostModel(MODEL, FOUR_RANKS, PROFILE, short).layer_cost(0, strategy, setting)
     assert price.cost.transient_bytes - small.transient_bytes == bucket * 3 / 4
