@@ -37,7 +37,7 @@ from galvatron_megatron.search.decision_tree import Space
 from galvatron_megatron.search.engine import Progress as SearchProgress
 from galvatron_megatron.search.engine import search
 from galvatron_megatron.search.explanation import explain
-from galvatron_megatron.search.host_memory import search_within_hosts
+from galvatron_megatron.search.host_memory import offloading_no_more, search_within_hosts
 from galvatron_megatron.search.request import UNIFORM_MARGIN, SearchRequest
 from galvatron_megatron.search.reranking import rerank
 from galvatron_megatron.search.result import SearchResult
@@ -195,7 +195,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.explain:
         is_modelled = isinstance(cost_model, AnalyticCostModel)
         others = _alternatives(request, cluster, options) if is_modelled else []
-        explanation = explain(request, cost_model, result, others)
+        # Where a host is full, what would help is asked with no more in it.
+        asked = request if note is None else offloading_no_more(request, result.plan)
+        explanation = explain(asked, cost_model, result, others)
     if arguments.output is not None:
         write_plan(result.plan, arguments.output)
     if arguments.galvatron_config is not None:

@@ -28,6 +28,13 @@ def offloads(plan: Plan) -> bool:
     return any(strategy.offload is not Offload.NONE for strategy in (plan.base, *plan.strategies))
 
 
+def offloading_no_more(request: SearchRequest, plan: Plan) -> SearchRequest:
+    """The same question where nothing else may offload than what a plan offloads."""
+    chosen = (index for index, layer in enumerate(plan.layers) if layer.strategy.offload is not Offload.NONE)
+    ends = plan.base.offload is not Offload.NONE
+    return replace(request, offload_layers=frozenset(chosen), offload_ends=ends)
+
+
 def search_within_hosts(
     request: SearchRequest, cost_model: TermCostModel, host_bytes: int | None, find: Find
 ) -> tuple[SearchResult, str | None]:
@@ -52,7 +59,10 @@ def search_within_hosts(
     if request.offloads == on_device.offloads:
         return find(request), None
     if host_bytes == 0:
-        return find(on_device), f"{_NOTHING_LEFT}; nothing is offloaded"
+        try:
+            return find(on_device), f"{_NOTHING_LEFT}; nothing is offloaded"
+        except SearchError as error:
+            raise SearchError(f"{error}; {_NOTHING_LEFT}") from None
     result = find(request)
     if not offloads(result.plan):
         return result, None
@@ -61,9 +71,7 @@ def search_within_hosts(
         plain = find(on_device)
     except SearchError as error:
         if found is None:
-            raise SearchError(
-                f"{excess}; valid: less offloaded, or a larger host.memory_gib; {error}"
-            ) from None
+            raise SearchError(f"{excess}; valid: less offloaded, or more of it; {error}") from None
     else:
         margin = 1 - request.uniform_margin
         if found is None or found.samples_per_second * margin <= plain.samples_per_second:

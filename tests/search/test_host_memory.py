@@ -17,7 +17,7 @@ from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.strategy import Offload, Recompute, Strategy
 from galvatron_megatron.search.engine import search
 from galvatron_megatron.search.evaluation import evaluate
-from galvatron_megatron.search.host_memory import offloads, search_within_hosts
+from galvatron_megatron.search.host_memory import offloading_no_more, offloads, search_within_hosts
 from galvatron_megatron.search.request import SearchRequest
 
 LAYERS = 8
@@ -147,6 +147,15 @@ def test_where_the_devices_have_the_whole_node_nothing_is_offloaded():
     assert not offloads(found.plan) and note.endswith("; nothing is offloaded")
     only = request(1 << 40, offloads=(Offload.NONE,))
     assert search_within_hosts(only, COSTS, 0, find)[1] is None
+
+
+def test_the_same_question_with_no_more_on_the_host():
+    plan = plan_with(2, True)
+    asked = offloading_no_more(request(1 << 40), plan)
+    assert (asked.offload_layers, asked.offload_ends) == ({0, 1}, True)
+    tight = search(replace(asked, memory_bytes=needs(plan)), COSTS).plan
+    assert node_host_bytes(tight, COSTS, 4) == KEPT[plan]
+    assert not offloading_no_more(asked, plan_with(0, False)).offload_ends
 
 
 def test_layers_that_may_offload_are_named_and_the_others_do_not():
