@@ -167,3 +167,34 @@ def small_profile(
         ),
         speeds=(("bfloat16", 1e12), ("float16", 1e12), ("float32", 1e12), ("copy", 1e10), ("memory", 2.0**33)),
     )
+
+
+def ulysses_problem() -> tuple[Model, Profile, tuple[PartPoint, ...]]:
+    """A model, two measured ranks on which Ulysses is best for one sample a step, and its measurements.
+
+    Data parallelism has nothing to share out. Tensor parallelism sums activations over slow links, which its
+    measured times hold; Ulysses exchanges less.
+
+    Returns:
+        The model, the profile without Ulysses, and what was measured of that.
+    """
+    model = replace(small_model(), fused_attention=False, seq_length=1024)
+    name = layer_digest(model.layers[0])
+    profile = small_profile(model, sizes=(1, 2), tps=(1, 2))
+
+    def slowed(point: PartPoint, factor: float) -> PartPoint:
+        forward, backward = factor * point.forward_seconds, factor * point.backward_seconds
+        return replace(point, forward_seconds=forward, backward_seconds=backward)
+
+    layers = [slowed(point, 10 if point.tp == 1 else 30) for point in profile.parts if point.part == name]
+    ends = [point for point in profile.parts if point.part != name]
+    speeds = dict(profile.speeds) | {"memory": 2.0**30}
+    shapes = [curve("all_to_all", 2, 1), *(entry for entry in profile.collectives if entry.ranks == 2)]
+    found = replace(
+        profile,
+        provenance=provenance(model, ranks=2),
+        parts=(*layers, *ends),
+        collectives=tuple(shapes),
+        speeds=tuple(speeds.items()),
+    )
+    return model, found, tuple(slowed(ulysses_point(model, 2, size), 10) for size in (1, 2))

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from galvatron_megatron.errors import EXIT_CODE, GalvatronError
+from galvatron_megatron.search.decision_tree import Space
+from galvatron_megatron.search.request import SearchRequest
 
 RANK_TIMEOUT_SECONDS = 300
 """How long ranks wait for one that does not answer, unless said otherwise."""
@@ -54,12 +56,23 @@ def run_rank(request: dict, end_stuck: Callable[[str], None] | None = None) -> s
         parsed.lr = 1e-4
     model = model_from_arguments(vars(parsed))
     _, world_size, _ = rank_from_environment()
+    batch = request["global_batch_size"] or parsed.global_batch_size or 8 * world_size
+    question = SearchRequest(
+        model=model,
+        world_size=world_size,
+        devices_per_node=int(os.environ.get("LOCAL_WORLD_SIZE") or world_size),
+        memory_bytes=1 << 60,
+        global_batch_size=batch,
+    )
+    degrees = Space(request=question).ulysses_degrees()
     needs = ProfileNeeds.for_job(
         model,
         world_size,
-        request["global_batch_size"] or parsed.global_batch_size or 8 * world_size,
+        batch,
+        host_step=request.get("offload", False),
         tps=request["tps"],
         micro_batch_sizes=request["micro_batch_sizes"],
+        ulysses=[tp for tp in degrees if tp in (request["tps"] or degrees)],
     )
     profile, _ = profile_live_ranks(
         model,
@@ -67,7 +80,6 @@ def run_rank(request: dict, end_stuck: Callable[[str], None] | None = None) -> s
         needs,
         Path(request["directory"]),
         again=request["again"],
-        host_step=request.get("offload", False),
         timeout_seconds=request.get("rank_timeout", RANK_TIMEOUT_SECONDS),
         end_stuck=end_stuck or end_process,
     )

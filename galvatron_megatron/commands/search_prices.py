@@ -147,13 +147,18 @@ def _measured(arguments: argparse.Namespace, model: Model, options: RunOptions) 
     lines = [f"measured: {provenance_line(profile)}"]
     if others:
         lines.append(f"{others} other profile(s) of this model are stored; --profile FINGERPRINT takes another")
-    offloading = "" if costs.prices_offloading else ", offloading (galvatron profile --offload measures it)"
-    lines.append(f"left out, as not measured: context and expert parallelism, Ulysses{offloading}")
+    unmeasured = [
+        "context and expert parallelism",
+        *(() if costs.prices_ulysses else ("Ulysses",)),
+        *(() if costs.prices_offloading else ("offloading (galvatron profile --offload measures it)",)),
+    ]
+    lines.append(f"left out, as not measured: {', '.join(unmeasured)}")
     return Prices(
         model=found,
         cluster=cluster,
         costs=costs,
-        limits={"allow_cp": False, "allow_ulysses": False, "allow_expert_parallel": False},
+        limits={"allow_cp": False, "allow_expert_parallel": False}
+        | ({} if costs.prices_ulysses else {"allow_ulysses": False}),
         profile=name,
         lines=tuple(lines),
     )

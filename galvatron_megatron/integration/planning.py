@@ -217,6 +217,7 @@ class JobPlanner:
             "uniform": self.options.uniform,
             "offload": self.options.offload.value,
             "max_zero": self._max_zero(),
+            "ulysses": self._ulysses_degrees(),
             "run_options": asdict(self._run_options()),
             "switches": switches_of(self.args),
             "margin": UNIFORM_MARGIN,
@@ -300,9 +301,14 @@ class JobPlanner:
             tps=only(fixed.tp),
             micro_batch_sizes=self._micro_batch_sizes(),
             sequence_parallel=only(fixed.sequence_parallel),
+            ulysses=self._ulysses_degrees(),
             zeros=only(fixed.zero),
             host_step=self.options.offload is not Offload.NONE,
         )
+
+    def _ulysses_degrees(self) -> tuple[int, ...]:
+        """Degrees of Ulysses that the search will ask for."""
+        return Space(request=self._request()).ulysses_degrees()
 
     def _micro_batch_sizes(self) -> list[int] | None:
         """Sizes that a layer can meet where the micro-batch is fixed by hand; None for all.
@@ -331,9 +337,8 @@ class JobPlanner:
             offloads=self.options.offload.and_less,
             layerwise=not self.options.uniform,
             max_zero=self._max_zero(),
-            allow_ulysses=False,
-            allow_cp=False,
             # Not measured.
+            allow_cp=False,
             allow_expert_parallel=False,
             # Megatron has no interleaved schedule for hybrid models.
             allow_interleaving=any(layer.kind in blocks for layer in self.model.layers),

@@ -48,7 +48,7 @@ from galvatron_megatron.profiler.host_step import compile_host_step, host_step_s
 from galvatron_megatron.profiler.layers import PartMeasurement
 from galvatron_megatron.profiler.levels import level_notes, place_of_this_rank
 from galvatron_megatron.profiler.lost_ranks import Watchdog, end_process, one_line_errors
-from galvatron_megatron.profiler.needs import ProfileNeeds
+from galvatron_megatron.profiler.needs import ProfileNeeds, can_exchange
 from galvatron_megatron.profiler.optimizer import measure_step
 from galvatron_megatron.profiler.overlap import COLLECTIVES as OVERLAPPED
 from galvatron_megatron.profiler.overlap import measure_overlap
@@ -91,6 +91,11 @@ class Build:
     """Measure the layers, embedding and head."""
     step: bool
     """Measure the optimizer."""
+
+    @property
+    def weight_shards(self) -> int:
+        """In how many parts the weights are split: Megatron's tensor-parallel degree."""
+        return 1 if self.sequence_parallel is SequenceParallel.ULYSSES else self.tp
 
     def __str__(self) -> str:
         kind = "" if self.sequence_parallel is SequenceParallel.NONE else f" {self.sequence_parallel.value}"
@@ -198,6 +203,16 @@ def profile_live_ranks(
 
 
 @contextmanager
+def _sequence_group(item: Build) -> Iterator[dist.ProcessGroup | None]:
+    """Ranks over which the layers of a model run under Ulysses, None where they do not; all ranks call this."""
+    if item.sequence_parallel is not SequenceParallel.ULYSSES:
+        yield None
+        return
+    with siblings_of(GroupShape(ranks=item.tp, stride=1)) as siblings:
+        yield siblings.handle
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps Megatron's log lines about every small model out of the job's output."""
     logger = logging.getLogger("megatron")
@@ -287,6 +302,8 @@ class _Run:
             count = sum(1 for other in self.model.layers if other == layer)
             layers = min(count, MOST_LAYERS)
             for tp, kind in self.needs.layouts():
+                if kind is SequenceParallel.ULYSSES and not can_exchange(layer, tp):
+                    continue
                 if self._missing_settings(layer, tp, kind):
                     builds.append(
                         Build(
@@ -312,7 +329,7 @@ class _Run:
 
     def _most_measurements(self, item: Build) -> int:
         """Measurements on a model, unless curves turn out to be bent."""
-        return item.parts * len(self.needs.settings()) + item.step
+        return item.parts * len(self.needs.settings(item.tp, item.sequence_parallel)) + item.step
 
     def measure(self) -> None:
         """Measures everything that is missing and stores it piece by piece."""
@@ -374,7 +391,7 @@ class _Run:
                 self.model,
                 item.layer,
                 layers=item.layers,
-                tp=item.tp,
+                tp=item.weight_shards,
                 sequence_parallel=item.sequence_parallel,
                 zero=item.zero,
                 world_size=self._world,
@@ -383,10 +400,10 @@ class _Run:
         except GalvatronError as error:
             self._keep_failure(item, name, str(error))
             return
-        with parallel_state_of(item.tp, made):
+        with parallel_state_of(item.weight_shards, made), _sequence_group(item) as group:
             few, reason = None, ""
             try:
-                few = build(made, item.layers)
+                few = build(made, item.layers, group)
             except REFUSALS as error:
                 reason = refusal(error)
             # Memory may have run out on one rank alone; all give up together.
@@ -404,7 +421,7 @@ class _Run:
 
     def _measure_parts(self, item: Build, few: FewLayers) -> None:
         """Measures the layers until all their curves can be read off."""
-        left = len(self.needs.settings())
+        left = len(self.needs.settings(item.tp, item.sequence_parallel))
         while settings := self._missing_settings(item.layer, item.tp, item.sequence_parallel):
             measurements = [
                 PartMeasurement(
@@ -466,7 +483,7 @@ class _Run:
                 micro_batch_size=size,
                 failure=reason,
             )
-            for recompute, size in (self.needs.settings() if item.parts else ())
+            for recompute, size in (self.needs.settings(item.tp, item.sequence_parallel) if item.parts else ())
         )
         note = f"{item}: not measured, {reason}"
         self.keep(parts=points, notes=(note,))

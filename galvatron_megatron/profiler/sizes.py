@@ -87,7 +87,12 @@ def settings_to_measure(
         if (point.tp, point.sequence_parallel) == (tp, sequence_parallel):
             seconds = None if point.failure else (point.forward_seconds + point.backward_seconds,)
             times.setdefault((point.part, point.recompute), {})[point.micro_batch_size] = seconds
-    sizes = needs.micro_batch_sizes
+    if needs.is_added(sequence_parallel):
+        have = times.get((layer_name, Recompute.NONE), {})
+        wanted = needs.settings(tp, sequence_parallel)
+        # What has no room at the smallest size has none at a larger one.
+        return [] if None in have.values() else [(how, size) for how, size in wanted if size not in have]
+    sizes = needs.sizes(tp)
     plain = _together(times.get((layer_name, Recompute.NONE), {}), times.get((HEAD, Recompute.NONE), {}))
     missing = []
     for recompute in needs.recomputes:
@@ -95,7 +100,8 @@ def settings_to_measure(
             missing += [(recompute, size) for size in sizes_to_measure(plain, sizes)]
             continue
         have = times.get((layer_name, recompute), {})
-        missing += [(recompute, size) for size in _recomputed_sizes(plain, have, needs) if size not in have]
+        wanted = _recomputed_sizes(plain, have, sizes, needs)
+        missing += [(recompute, size) for size in wanted if size not in have]
     return missing
 
 
@@ -109,9 +115,8 @@ def _together(layer: Times, head: Times) -> Times:
     }
 
 
-def _recomputed_sizes(plain: Times, have: Times, needs: ProfileNeeds) -> list[int]:
+def _recomputed_sizes(plain: Times, have: Times, sizes: Sequence[int], needs: ProfileNeeds) -> list[int]:
     """Sizes at which a kind of recomputation is measured, as far as they are known."""
-    sizes = needs.micro_batch_sizes
     if Recompute.NONE in needs.recomputes and sizes_to_measure(plain, sizes):
         return [sizes[0]]
     between = middle(sizes)

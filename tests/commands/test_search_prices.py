@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from profiles import curve, small_model, small_profile
+from profiles import curve, small_model, small_profile, ulysses_problem
 
 from galvatron_megatron.cli import main
 from galvatron_megatron.commands import search_prices
 from galvatron_megatron.cost.measured import MeasuredCostModel
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.describe.galvatron_store import import_directories, write_import
+from galvatron_megatron.describe.profile import StepPoint
 from galvatron_megatron.describe.profile_cluster import cluster_from_ranks
 from galvatron_megatron.describe.profile_key import layer_digest, measured_model
 from galvatron_megatron.describe.profile_store import to_json, write_profile
@@ -100,12 +101,68 @@ def test_the_report_says_where_prices_come_from(capsys, model_file, store):
     code, out, _ = run(capsys, model_file, store, "--explain")
     assert code == 0
     assert f"prices: measured: profile {NAME}" in out and "1 other profile(s) of this model are stored" in out
-    assert "left out, as not measured: context and expert parallelism, Ulysses, offloading" in out
+    assert "left out, as not measured: context and expert parallelism, Ulysses, offloading (galv" in out
     assert "twice as fast" not in out and "one more node" not in out
     code, out, _ = run(
         capsys, "gpt3-125m", store, "--cluster", "a100-80g", "--uniform", "--pp", "1", "--tp", "1"
     )
     assert code == 0 and "prices: modelled from the description of cluster a100-80g" in out
+
+
+def test_measured_offloading_is_searched_within_device_and_host(capsys, model_file, store):
+    """CPU ranks have one memory: what devices leave of the node is the hosts'."""
+    steps = (StepPoint(tensors=1, parameters=10**6, updated=10**6, zero=1, seconds=0.02),)
+    speeds = [(name, 1e10) for name in ("to_host", "from_host", "host_memory")]
+    node = 4 * 41e6 + 75e6
+    speeds += [(name, value) for name, value in PROFILE.speeds if name != "memory"]
+    speeds += [("memory", node / 4), ("node_memory", node)]
+    write_profile(store, replace(PROFILE, host_steps=steps, speeds=tuple(speeds)))
+    fixed = ["--json", "--pp", "1", "--tp", "1", "--zero", "1", "--micro-batch-size", "1", "--no-recompute"]
+    found = {}
+    for gib, words in (
+        (41e6 / 2**30, []),
+        (41e6 / 2**30, ["--offload", "optimizer"]),
+        (1, ["--offload", "optimizer"]),
+    ):
+        code, out, err = run(capsys, model_file, store, *fixed, "--memory-gb", gib, *words)
+        found[gib, len(words)] = (code, out, err)
+    code, _, err = found[41e6 / 2**30, 0]
+    assert code == 2 and "nothing fits" in err
+    code, out, err = found[41e6 / 2**30, 2]
+    assert code == 0, err
+    document = json.loads(out)
+    plan = plan_from_dict(document["plan"])
+    assert "optimizer" in {layer.strategy.offload.value for layer in plan.layers}
+    assert not [line for line in document["prices"] if "offloading" in line]
+    code, out, err = found[1, 2]
+    plan = plan_from_dict(json.loads(out)["plan"])
+    assert {strategy.offload.value for strategy in (plan.base, *plan.strategies)} == {"none"}
+    assert "a node has none beside that of its devices" in err
+
+
+def test_ulysses_is_chosen_where_it_was_measured_and_is_best(capsys, model_file, store, tmp_path):
+    _, profile, exchanged = ulysses_problem()
+    file = tmp_path / "long.yaml"
+    file.write_text(model_file.read_text().replace("seq_length: 64", "seq_length: 1024"))
+    words = ["--global-batch-size", "1", "--json"]
+    write_profile(store, profile)
+    code, out, err = run(capsys, file, store, *words)
+    assert code == 0, err
+    without = json.loads(out)
+    write_profile(store, replace(profile, parts=exchanged))
+    code, out, err = run(capsys, file, store, *words)
+    assert code == 0, err
+    found = json.loads(out)
+    kinds = [
+        {layer.strategy.sequence_parallel.value for layer in plan_from_dict(entry["plan"]).layers}
+        for entry in (without, found)
+    ]
+    assert "ulysses" not in kinds[0] and kinds[1] == {"ulysses"}
+    assert found["predicted"]["step_seconds"] < 0.9 * without["predicted"]["step_seconds"]
+    assert any("Ulysses" in line for line in without["prices"])
+    assert not any("Ulysses" in line for line in found["prices"])
+    none = json.loads(run(capsys, file, store, *words, "--no-ulysses")[1])
+    assert none["plan"] == without["plan"]
 
 
 def test_what_lies_beyond_the_measured_sizes_is_named(capsys, model_file, store):

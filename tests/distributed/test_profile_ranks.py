@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from galvatron_megatron.cost.measured_points import PartTable
 from galvatron_megatron.describe.profile import EMBEDDING, HEAD
 from galvatron_megatron.describe.profile_key import layer_digest
 from galvatron_megatron.describe.profile_store import list_profiles, profile_path, read_profile
@@ -59,7 +60,15 @@ def measure(
     arguments = parsed(*more)
     before = dict(vars(arguments))
     model = model_from_arguments(vars(arguments))
-    needs = ProfileNeeds.for_job(model, world_size, 8, micro_batch_sizes=sizes, tps=tps, host_step=True)
+    needs = ProfileNeeds.for_job(
+        model,
+        world_size,
+        8,
+        micro_batch_sizes=sizes,
+        tps=tps,
+        ulysses=[2] if world_size > 1 else [],
+        host_step=True,
+    )
     groups = len(dist.distributed_c10d._world.pg_map)
     state = torch.get_rng_state()
     started = time.perf_counter()
@@ -109,6 +118,23 @@ def test_two_ranks_measure_everything_once(ranks, first):
             assert full.activation_bytes < selective.activation_bytes < plain.activation_bytes
             assert full.transient_bytes > plain.transient_bytes
             assert {EMBEDDING, HEAD} <= {p.part for p in profile.parts if p.tp == tp}
+    # Under Ulysses a rank has the weights, and of activations, the kept ones included, its share alone.
+    exchanged = [point for point in profile.parts if point.sequence_parallel is SequenceParallel.ULYSSES]
+    assert {(p.part, p.tp, p.recompute, p.micro_batch_size) for p in exchanged} == {
+        (layer, 2, Recompute.NONE, size) for size in (1, 2)
+    }
+    table = PartTable(profile)
+    for point in exchanged:
+        alone = points[layer, 1, "none", "none", point.micro_batch_size]
+        assert point.forward_seconds > 0 and point.backward_seconds > 0
+        assert (point.parameters, point.tensors) == (alone.parameters, alone.tensors)
+        # (gloo may hold a tensor a moment longer than its caller does.)
+        assert 0.99 <= 2 * point.activation_bytes / alone.activation_bytes <= 1.3
+        for recompute in Recompute:
+            found = table.lookup(layer, 2, SequenceParallel.ULYSSES, recompute, point.micro_batch_size)
+            assert found.forward_seconds == pytest.approx(point.forward_seconds)
+            assert found.backward_seconds >= point.backward_seconds * (1 - 1e-9)
+            assert found.activation_bytes <= point.activation_bytes
     # 4 h^2 + 8 h^2 weights, 9 h + 4 h biases and norms, all but 6 h of them split over tp.
     whole, half = (points[layer, tp, "none", "none", 1] for tp in (1, 2))
     assert whole.parameters == 12 * 64**2 + 13 * 64

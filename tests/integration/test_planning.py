@@ -17,9 +17,10 @@ import importlib.util, json, sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from profiles import FOUR_RANKS, small_model, small_profile
+from profiles import FOUR_RANKS, small_model, small_profile, ulysses_problem
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.describe.megatron_args import parse_command_line
+from galvatron_megatron.describe.profile_cluster import cluster_from_ranks
 from galvatron_megatron.errors import GalvatronError
 from galvatron_megatron.integration import planning
 from galvatron_megatron.integration.options import Options
@@ -58,7 +59,20 @@ for problem in ("", "no large gradients with it"):
         found.append(max(strategy.zero for strategy in (decision.plan.base, *decision.plan.strategies)))
     except GalvatronError as error:
         found.append(str(error))
-print(json.dumps([*answers, highest, found]))
+
+# Ulysses is best, measured as far as the search asks for it.
+planner.model, profile, exchanged = ulysses_problem()
+planner.channel = Namespace(world_size=2)
+planner.args.global_batch_size = 1
+planner._runtime_problem = lambda plan: ""
+kinds = []
+for uniform, parts in ((False, ()), (False, exchanged), (True, exchanged)):
+    planner.options, planner.constraints = Options(uniform=uniform), Constraints()
+    measured = replace(profile, parts=(*profile.parts, *parts))
+    decision = planner._search(measured, cluster_from_ranks(measured), 0.0, ())
+    layers = {strategy.sequence_parallel.value for strategy in decision.plan.strategies}
+    kinds.append([list(planner._needs().ulysses), sorted(layers)])
+print(json.dumps([*answers, highest, found, kinds]))
 """
 LINES = {
     "": "",
@@ -105,15 +119,19 @@ def test_numbers_of_micro_batches_that_change_are_refused(answers: list) -> None
 
 
 def test_a_plan_file_may_share_out_experts(answers: list) -> None:
-    assert answers[-3] == ""
+    assert answers[-4] == ""
 
 
 def test_zero_2_and_3_need_deepspeed_and_layers_of_their_own(answers: list) -> None:
-    assert answers[-2] == [3, 1, 1]
+    assert answers[-3] == [3, 1, 1]
 
 
 def test_sharded_states_that_alone_fit_are_planned_and_a_refusal_of_theirs_is_named(answers: list) -> None:
-    zero, refused = answers[-1]
+    zero, refused = answers[-2]
     assert zero > 1
     assert "nothing fits" in refused
     assert refused.endswith("; only ZeRO 0 and 1: no large gradients with it")
+
+
+def test_ulysses_is_measured_where_the_search_asks_for_it_and_chosen_where_it_is_best(answers: list) -> None:
+    assert answers[-1] == [[[2], ["none"]], [[2], ["ulysses"]], [[], ["none"]]]

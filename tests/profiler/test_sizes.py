@@ -56,17 +56,24 @@ def test_what_was_left_out_of_a_smooth_curve_can_be_read_off(exponent, constant)
             assert line == pytest.approx(curve(size), rel=0.12)
 
 
-def run(needs: ProfileNeeds, seconds) -> list[tuple[Recompute, int]]:
+def float_size(recompute: Recompute, size: int) -> float:
+    return float(size)
+
+
+def run(
+    needs: ProfileNeeds, seconds, *, tp: int = 1, kind: SequenceParallel = SequenceParallel.NONE
+) -> list[tuple[Recompute, int]]:
     """Settings in the order in which they are measured; ``seconds`` of one is None where it fails."""
     points: list[PartPoint] = []
     order = []
-    while missing := settings_to_measure(points, NAME, 1, SequenceParallel.NONE, needs):
+    while missing := settings_to_measure(points, NAME, tp, kind, needs):
         assert not set(missing) & set(order)
         order += missing
         for recompute, size in missing:
             time = seconds(recompute, size)
             how = {"failure": "out of memory"} if time is None else {"forward_seconds": time}
-            point = replace(layer_point(MODEL, 1, size, recompute), backward_seconds=0.0, **how)
+            made = layer_point(MODEL, tp, size, recompute, sequence_parallel=kind)
+            point = replace(made, backward_seconds=0.0, **how)
             points += [point, *([replace(point, part=HEAD)] if recompute is Recompute.NONE else [])]
     return order
 
@@ -91,6 +98,18 @@ def test_recomputation_is_tried_where_layers_have_no_room_without_it():
     assert {size for recompute, size in order if recompute is Recompute.FULL} == {1, 32}
     assert {1, 8, 16, 32} <= {size for recompute, size in order if recompute is Recompute.NONE}
     assert (Recompute.SELECTIVE, 32) in order and (Recompute.SELECTIVE, 8) in order
+
+
+def test_ulysses_needs_two_sizes_beside_one_rank_and_whole_curves_without():
+    order = run(replace(NEEDS, tps=(1, 2)), float_size, tp=2, kind=SequenceParallel.ULYSSES)
+    assert order == [(Recompute.NONE, 1), (Recompute.NONE, 8)]
+    few = replace(NEEDS, micro_batch_sizes=(4,))
+    assert run(few, float_size, tp=2, kind=SequenceParallel.ULYSSES) == [(Recompute.NONE, 4)]
+    # No room for the smallest: none for the other.
+    failed = run(NEEDS, lambda recompute, size: None, tp=2, kind=SequenceParallel.ULYSSES)
+    assert failed == [(Recompute.NONE, 1), (Recompute.NONE, 8)]
+    alone = replace(NEEDS, tps=(2,))
+    assert run(alone, float_size, tp=2, kind=SequenceParallel.ULYSSES) == run(NEEDS, float_size)
 
 
 def test_measuring_always_ends_and_asks_for_nothing_above_a_failure_at_the_smallest_size():
