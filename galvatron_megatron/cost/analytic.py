@@ -33,7 +33,7 @@ from galvatron_megatron.cost.sharded_states import (
     sent_seconds,
     transient_bytes,
 )
-from galvatron_megatron.cost.sharding import gathered_modules
+from galvatron_megatron.cost.sharding import gathered_modules, whole_parameters
 from galvatron_megatron.cost.step_terms import step_terms
 from galvatron_megatron.cost.terms import PricedLayer, Term
 from galvatron_megatron.describe.cluster import MICROSECOND, Cluster
@@ -186,11 +186,12 @@ class AnalyticCostModel:
         """The same of the head."""
         return self._counts.head(setting.base, setting.micro_batch_size).work
 
-    def sharded_modules(self, part: int | str) -> int:
-        """How many modules of a part of the model hold parameters; see ``gathered_modules``.
+    def sharded_modules(self, part: int | str, *, norms: bool = True) -> int:
+        """How many modules of a part of the model gather parameters; see ``gathered_modules``.
 
         Args:
             part: the number of a layer, ``embedding`` or ``head``.
+            norms: norms are gathered too.
         """
         if part == EMBEDDING:
             counts = self._closed.embedding(Strategy(), 1)
@@ -198,7 +199,20 @@ class AnalyticCostModel:
             counts = self._closed.head(Strategy(), 1)
         else:
             counts = self._closed.layer(self.model.layers[part], Strategy(), 1)
-        return gathered_modules(counts, self.options)
+        return gathered_modules(counts, self.options, norms=norms)
+
+    def whole_parameters(self, layer: Layer, parameters: int, strategy: Strategy) -> int:
+        """Parameters of a layer that ZeRO 3 keeps whole; see ``sharding.whole_parameters``.
+
+        Args:
+            layer: of the model.
+            parameters: of it on a rank.
+            strategy: how it runs.
+        """
+        if strategy.zero < 3:
+            return 0
+        alone = Strategy(tp=strategy.weight_shards)
+        return whole_parameters(self._closed.layer(layer, alone, 1), parameters, strategy, self.options)
 
     def flops_per_sample(self) -> float:
         """Useful operations of one training sample: no recomputation, causal attention counted half."""
@@ -222,7 +236,9 @@ class AnalyticCostModel:
         return parameter_bytes(self.model.precision, self.options)
 
     def _price_layer(self, layer: Layer, strategy: Strategy, samples: int) -> PricedLayer:
-        return self._price(self._counts.layer(layer, strategy, samples // strategy.dp), strategy)
+        counts = self._counts.layer(layer, strategy, samples // strategy.dp)
+        whole = self.whole_parameters(layer, counts.parameters, strategy)
+        return self._price(counts, strategy, whole=whole)
 
     def _price_embedding(self, setting: Setting) -> PricedLayer:
         counts = self._counts.embedding(setting.base, setting.micro_batch_size)
@@ -247,6 +263,7 @@ class AnalyticCostModel:
         shared_weight: int = 0,
         copied_weight: int = 0,
         copy_stride: int = 1,
+        whole: int = 0,
     ) -> PricedLayer:
         """Prices counts.
 
@@ -256,6 +273,7 @@ class AnalyticCostModel:
             shared_weight: parameters that are the embedding's own (tied, same rank): no state of their own.
             copied_weight: parameters kept equal with the first stage's by one more all-reduce.
             copy_stride: distance between the first and the last stage's ranks.
+            whole: parameters that ZeRO 3 keeps whole.
         """
         cluster, constants = self.cluster, self.cluster.constants
         parameters = counts.parameters - shared_weight
@@ -263,7 +281,7 @@ class AnalyticCostModel:
         shares = parameter_shares(parameters, counts.parameters_expert, strategy, instances)
         element = self._element
         traffic = host_traffic(shares, strategy, element)
-        modules = gathered_modules(counts, self.options) if strategy.zero == 3 else 1
+        modules = gathered_modules(counts, self.options, norms=not whole) if strategy.zero == 3 else 1
         sent = sent_seconds(
             shares,
             strategy,
@@ -272,6 +290,7 @@ class AnalyticCostModel:
             self._collective_seconds,
             modules=modules,
             borrowed=shared_weight,
+            whole=whole,
         )
 
         factor = self._factors.get(counts.work, 1.0) if self._factors else 1.0
@@ -315,7 +334,10 @@ class AnalyticCostModel:
                     value=collective_seconds("all_reduce", size, 2, copy_stride, cluster),
                 )
             )
-        state, *of_experts = (state_bytes(s.parameters, strategy.zero, s.sharding, element) for s in shares)
+        state, *of_experts = (
+            state_bytes(s.parameters, strategy.zero, s.sharding, element, whole=0 if number else whole)
+            for number, s in enumerate(shares)
+        )
         state = kept_on_device(sum(of_experts, state), strategy)
         state_terms = (
             Term(name="weights", value=state.weights),
@@ -329,7 +351,7 @@ class AnalyticCostModel:
         slack = int(counts.activation_bytes * constants.memory_slack)
         transient = counts.transient_bytes
         transient += transient_bytes(
-            shares, strategy, element, self.options, len(self.model.layers), borrowed=shared_weight
+            shares, strategy, element, self.options, len(self.model.layers), borrowed=shared_weight, whole=whole
         )
         cost = LayerCost(
             micro_batch_seconds=phases["forward"] + phases["backward"],

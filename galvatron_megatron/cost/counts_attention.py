@@ -14,7 +14,7 @@ def norm(b: Builder, name: str, input_name: str) -> None:
     shapes, model = b.shapes, b.shapes.model
     tokens, hidden, size = shapes.stream_tokens, model.hidden_size, shapes.element_bytes
     statistics = 1 if model.normalization == "RMSNorm" else 2
-    b.parameter(*[hidden] * statistics, sharded=False)
+    b.vector(*[hidden] * statistics, sharded=False)
     b.keep(input_name, tokens * hidden * size)
     b.keep(f"{name} statistics", statistics * 4 * tokens)
     b.memory(name, 2 * tokens * hidden * size, 3 * tokens * hidden * size)
@@ -67,7 +67,7 @@ def output_projection(b: Builder, width: int, *, bias: bool) -> None:
     hidden = b.shapes.model.hidden_size
     b.parameter(hidden * width, sharded=True)
     if bias:
-        b.parameter(hidden, sharded=False)
+        b.vector(hidden, sharded=False)
     b.linear("output projection", b.shapes.gemm_tokens, hidden, width)
     b.leave_tensor_parallel()
     residual_add(b, "attention residual")
@@ -118,7 +118,7 @@ def _keep_query_key_value(b: Builder, part: Attention, heads: int, groups: int) 
 def _qk_norm(b: Builder, part: Attention, heads: int, groups: int) -> None:
     shapes = b.shapes
     statistics = 1 if shapes.model.normalization == "RMSNorm" else 2
-    b.parameter(*[part.head_dim] * (2 * statistics), sharded=False)
+    b.vector(*[part.head_dim] * (2 * statistics), sharded=False)
     rows = shapes.gemm_tokens * (heads + groups)
     elements = rows * part.head_dim * shapes.element_bytes
     if shapes.fused:

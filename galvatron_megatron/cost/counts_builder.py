@@ -101,6 +101,7 @@ class Builder:
         self.shapes = shapes
         self.sharded = 0
         self.replicated = 0
+        self.apart = 0
         self.expert = 0
         self.tensors = 0
         self.operators: list[Operator] = []
@@ -121,6 +122,11 @@ class Builder:
             self.sharded += total
         else:
             self.replicated += total
+
+    def vector(self, *sizes: int, sharded: bool) -> None:
+        """Adds parameter tensors that no GEMM takes: a norm's, or a bias added outside of its linear."""
+        self.parameter(*sizes, sharded=sharded)
+        self.apart += sum(sizes)
 
     def expert_parameter(self, *sizes: int, count: int = 1) -> None:
         """Adds parameter tensors of each of ``count`` experts of this rank."""
@@ -213,6 +219,7 @@ class Builder:
         return LayerCounts(
             parameters_sharded=self.sharded,
             parameters_replicated=self.replicated,
+            parameters_apart=self.apart,
             parameters_expert=self.expert,
             parameter_tensors=self.tensors,
             operators=tuple(operators),

@@ -84,7 +84,7 @@ def _latent_norm(b: Builder, name: str, width: int, part: Attention) -> None:
     shapes = b.shapes
     if part.qk_layernorm:
         statistics = 1 if shapes.model.normalization == "RMSNorm" else 2
-        b.parameter(*[width] * statistics, sharded=False)
+        b.vector(*[width] * statistics, sharded=False)
         b.keep(f"{name} norm statistics", statistics * 4 * shapes.stream_tokens)
         elements = shapes.stream_tokens * width * shapes.element_bytes
         b.memory(f"{name} norm", 2 * elements, 3 * elements)

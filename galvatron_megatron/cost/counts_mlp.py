@@ -25,8 +25,9 @@ def feed_forward(b: Builder, name: str, tokens: int, width: int, *, gated: bool,
     if experts:
         b.expert_parameter(wide * hidden, hidden * width, *biases, count=experts)
     else:
-        b.parameter(wide * hidden, hidden * width, *biases[:1], sharded=True)
-        b.parameter(*biases[1:], sharded=False)
+        b.parameter(wide * hidden, hidden * width, sharded=True)
+        b.vector(*biases[:1], sharded=True)
+        b.vector(*biases[1:], sharded=False)
     experts = experts or 1
     b.linear(f"{name} first linear", tokens, wide, hidden, count=experts)
     b.keep(f"{name} before activation", experts * tokens * wide * size)

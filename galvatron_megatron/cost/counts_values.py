@@ -84,6 +84,8 @@ class LayerCounts:
     """Parameters on this rank that are split over tp."""
     parameters_replicated: int
     """Parameters on this rank that every rank of the tp group holds."""
+    parameters_apart: int = 0
+    """Those of norms, and biases that are added outside of their linear; not counted where traced."""
     parameters_expert: int = 0
     """Parameters of the experts on this rank, which has its own part of them and its own replicas."""
     parameter_tensors: int = 0

@@ -246,14 +246,18 @@ class MeasuredCostModel:
             return self._refuse(f"layer {digest}", strategy, samples, found)
         # A rank reduces and updates all its layers at once: each pays its part of what they pay together.
         together = max(1, len(self._digests) // pp)
-        modules = self._modules(digest, strategy)
-        sent = self._states.sent(found.parameters * together, strategy, modules=modules * together)
+        layer = self.model.layers[self._digests.index(digest)]
+        whole = self._analytic.whole_parameters(layer, found.parameters, strategy)
+        modules = self._modules(digest, strategy, norms=not whole)
+        sent = self._states.sent(
+            found.parameters * together, strategy, modules=modules * together, whole=whole * together
+        )
         sync = [
             Term(name=term.name, value=term.value / together, source=term.source)
             for term in self._sync(found, strategy, together, sent)
         ]
         each = {key: seconds / together for key, seconds in sent.items()}
-        return self._priced("layer", found, strategy, found.parameters, each, sync, share)
+        return self._priced("layer", found, strategy, found.parameters, each, sync, share, whole=whole)
 
     def _price_end(self, part: str, base: Strategy, samples: int, pp: int, share: float) -> PricedLayer:
         found = self._find(part, base, Recompute.NONE, samples)
@@ -293,6 +297,7 @@ class MeasuredCostModel:
         share: float,
         *,
         borrowed: int = 0,
+        whole: int = 0,
     ) -> PricedLayer:
         computing = (found.forward_seconds, found.backward_seconds)
         sharding = [
@@ -312,11 +317,12 @@ class MeasuredCostModel:
             Term(name=f"{phase} offloading", value=fetching, source=source) for phase in (FORWARD, BACKWARD)
         ]
         transient = found.transient_bytes + self._states.transient_bytes(
-            parameters, strategy, len(self.model.layers), borrowed=borrowed
+            parameters, strategy, len(self.model.layers), borrowed=borrowed, whole=whole
         )
         slack = 1 + self.cluster.constants.memory_slack
         state = kept_on_device(
-            state_bytes(parameters, strategy.zero, strategy.state_replicas, self._element), strategy
+            state_bytes(parameters, strategy.zero, strategy.state_replicas, self._element, whole=whole),
+            strategy,
         )
         kept = round(found.activation_bytes * slack)
         cost = LayerCost(
@@ -341,11 +347,12 @@ class MeasuredCostModel:
             host_bytes=self._states.host_bytes(parameters, strategy),
         )
 
-    def _modules(self, part: str, strategy: Strategy) -> int:
+    def _modules(self, part: str, strategy: Strategy, *, norms: bool = True) -> int:
         """Modules of a part that gather their parameters by themselves."""
         if strategy.zero < 3:
             return 1
-        return self._analytic.sharded_modules(part if part in (EMBEDDING, HEAD) else self._digests.index(part))
+        number = part if part in (EMBEDDING, HEAD) else self._digests.index(part)
+        return self._analytic.sharded_modules(number, norms=norms)
 
     def _sync(self, found: PartCost, strategy: Strategy, count: int, sent: Sent) -> list[Term]:
         """Once-per-step terms of ``count`` layers together."""

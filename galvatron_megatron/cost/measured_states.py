@@ -67,7 +67,7 @@ class StatePrices:
         return (Share(parameters=parameters, replicas=strategy.state_replicas, stride=strategy.weight_shards),)
 
     def sent(
-        self, parameters: int, strategy: Strategy, *, modules: int = 1, borrowed: int = 0
+        self, parameters: int, strategy: Strategy, *, modules: int = 1, borrowed: int = 0, whole: int = 0
     ) -> dict[tuple[str, str], float]:
         """Seconds of the collectives for some parameters of one rank, see ``sent_seconds``."""
         return sent_seconds(
@@ -78,6 +78,7 @@ class StatePrices:
             self._curves.seconds,
             modules=modules,
             borrowed=borrowed,
+            whole=whole,
         )
 
     def once_per_step(self, parameters: int, tensors: int, strategy: Strategy, sent: Sent) -> list[Term]:
@@ -197,7 +198,11 @@ class StatePrices:
             for phase, computing in ((FORWARD, forward_seconds), (BACKWARD, backward_seconds))
         ]
 
-    def transient_bytes(self, parameters: int, strategy: Strategy, layers: int, *, borrowed: int = 0) -> int:
+    def transient_bytes(
+        self, parameters: int, strategy: Strategy, layers: int, *, borrowed: int = 0, whole: int = 0
+    ) -> int:
         """What sharding needs for a while, see ``sharded_states.transient_bytes``."""
         shares = self._shares(parameters, strategy)
-        return transient_bytes(shares, strategy, self._element, self._options, layers, borrowed=borrowed)
+        return transient_bytes(
+            shares, strategy, self._element, self._options, layers, borrowed=borrowed, whole=whole
+        )

@@ -112,7 +112,9 @@ def parameter_shares(
     )
 
 
-def state_bytes(parameters: int, zero: int, replicas: int, element: ElementBytes) -> StateBytes:
+def state_bytes(
+    parameters: int, zero: int, replicas: int, element: ElementBytes, *, whole: int = 0
+) -> StateBytes:
     """Bytes of weights, gradients and optimizer states of one rank.
 
     ZeRO stage 1 shards optimizer states, stage 2 also gradients, stage 3 also weights (arXiv 1910.02054,
@@ -123,13 +125,14 @@ def state_bytes(parameters: int, zero: int, replicas: int, element: ElementBytes
         zero: ZeRO stage.
         replicas: how many ranks hold the same parameters.
         element: bytes per parameter.
+        whole: those of the parameters that stage 3 keeps whole beside the shards of all.
 
     Returns:
         Bytes, rounded up.
     """
     shard = -(-parameters // replicas)
     return StateBytes(
-        weights=(shard if zero >= 3 else parameters) * element.weight,
+        weights=(shard + whole if zero >= 3 else parameters) * element.weight,
         gradients=(shard if zero >= 2 else parameters) * element.gradient,
         optimizer=(shard if zero >= 1 else parameters) * (element.optimizer + element.step_gradient),
     )

@@ -34,6 +34,7 @@ def sent_seconds(
     *,
     modules: int = 1,
     borrowed: int = 0,
+    whole: int = 0,
 ) -> dict[tuple[str, str], float]:
     """Seconds of the collectives that shard some parameters' states; see ``sharding_collectives``.
 
@@ -48,6 +49,7 @@ def sent_seconds(
         seconds: of one collective.
         modules: that compute with parameters, the one that borrows counted.
         borrowed: parameters that one module takes from another part of the model: stage 3 gathers them again.
+        whole: parameters, of the first share, that stage 3 keeps whole; ``modules`` does not count theirs.
     """
     own = max(1, modules - bool(borrowed))
     sent: dict[tuple[str, str], float] = {}
@@ -59,6 +61,7 @@ def sent_seconds(
             modules=own,
             recompute=strategy.recompute,
             deepspeed=options.deepspeed_zero_1 or strategy.offload is not Offload.NONE,
+            whole=0 if number else whole,
         )
         if strategy.zero == 3 and borrowed and not number:
             again = sharding_collectives(borrowed, 3, element, recompute=strategy.recompute)
@@ -106,6 +109,7 @@ def transient_bytes(
     layers: int,
     *,
     borrowed: int = 0,
+    whole: int = 0,
 ) -> int:
     """Bytes that ZeRO 2 and 3 need beside a layer's states while it runs.
 
@@ -119,10 +123,11 @@ def transient_bytes(
         options: switches of the job.
         layers: that may share the bucket.
         borrowed: parameters of another module that are gathered as well.
+        whole: those of the parameters that are whole all the time.
     """
     found = 0
     if strategy.zero == 3:
-        found += (2 * sum(share.parameters for share in shares) + borrowed) * element.weight
+        found += (2 * (sum(share.parameters for share in shares) - whole) + borrowed) * element.weight
     if strategy.zero >= 2:
         # Of how many elements the largest parameter is, is not known here: at most all of a layer's.
         bucket = sum(

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from galvatron_megatron.cost.counts_values import LayerCounts
 from galvatron_megatron.cost.memory import ElementBytes
 from galvatron_megatron.cost.options import RunOptions
-from galvatron_megatron.plan.strategy import Recompute
+from galvatron_megatron.plan.strategy import Recompute, Strategy
+from galvatron_megatron.plan.zero_rules import vectors_stay_whole
 
 FORWARD, BACKWARD, REDUCTION, UPDATE = "forward", "backward", "reduction", "update"
 """When: in every forward or backward pass of a micro-batch, once per step before or behind the optimizer."""
@@ -32,6 +33,7 @@ def sharding_collectives(
     modules: int = 1,
     recompute: Recompute = Recompute.NONE,
     deepspeed: bool = False,
+    whole: int = 0,
 ) -> tuple[ShardingCollective, ...]:
     """What a ZeRO stage sends for some parameters.
 
@@ -39,8 +41,9 @@ def sharding_collectives(
     distributed optimizer for stage 1. DeepSpeed's stages 1 and 2 all-reduce whole buckets of gradients and keep
     their part; stage 2 does so after every micro-batch, since a rank keeps its own part alone. Stage 3 gathers
     a module's weights for its forward and for its backward pass, and before that once more where the layer is
-    computed again. Behind the optimizer DeepSpeed gathers all layers of a class at once; every layer is charged
-    with a start of its own, once per step, since a layer is priced without knowing its neighbours.
+    computed again; what stays whole is gathered behind the optimizer alone. There the engines gather all layers
+    of a class at once; every layer is charged with a start of its own, once per step, since a layer is priced
+    without knowing its neighbours.
 
     Args:
         parameters: of this rank.
@@ -49,17 +52,20 @@ def sharding_collectives(
         modules: how many modules hold the parameters.
         recompute: of the layer.
         deepspeed: stage 1 is DeepSpeed's, not Megatron's.
+        whole: those of the parameters that stage 3 keeps whole; ``modules`` does not count theirs.
 
     Returns:
         Collectives with something to send.
     """
     gradients, weights = parameters * element.gradient, parameters * element.weight
     if zero == 3:
+        weights -= whole * element.weight
         again = 2 if recompute is Recompute.FULL else 1
         found = (
             ShardingCollective(kind="all_gather", when=FORWARD, count=modules, bytes=weights),
             ShardingCollective(kind="all_gather", when=BACKWARD, count=again * modules, bytes=again * weights),
             ShardingCollective(kind="reduce_scatter", when=BACKWARD, count=1, bytes=gradients),
+            ShardingCollective(kind="all_gather", when=UPDATE, count=1, bytes=whole * element.weight),
         )
     elif zero == 0:
         found = (ShardingCollective(kind="all_reduce", when=REDUCTION, count=1, bytes=gradients),)
@@ -77,15 +83,34 @@ def sharding_collectives(
     return tuple(entry for entry in found if entry.bytes)
 
 
-def gathered_modules(counts: LayerCounts, options: RunOptions) -> int:
+def gathered_modules(counts: LayerCounts, options: RunOptions, *, norms: bool = True) -> int:
     """How many modules of a layer hold parameters, each gathered by itself under stage 3.
 
     Transformer Engine's linears hold the norm in front of them.
+
+    Args:
+        counts: of the layer.
+        options: switches of the job.
+        norms: norms are gathered too; False where they stay whole.
     """
     names = {operator.name for operator in counts.operators if operator.phase == "forward"}
     linears = sum(operator_kind(name) == "linear" for name in names)
-    norms = sum(operator_kind(name) == "norm" for name in names)
-    return max(1, linears if options.implementation == "transformer_engine" and linears else linears + norms)
+    apart = norms and not (options.implementation == "transformer_engine" and linears)
+    return max(1, linears + apart * sum(operator_kind(name) == "norm" for name in names))
+
+
+def whole_parameters(closed: LayerCounts, parameters: int, strategy: Strategy, options: RunOptions) -> int:
+    """Parameters of a layer that stage 3 keeps whole on every rank, see ``vectors_stay_whole``.
+
+    Args:
+        closed: counts of the layer in closed form, which tell vectors, on a rank under the strategy.
+        parameters: of the layer on that rank.
+        strategy: of the layer.
+        options: switches of the job; Transformer Engine's linears hold norms and biases.
+    """
+    vectors = closed.parameters_apart if options.implementation == "local" else 0
+    stay = vectors_stay_whole(vectors, parameters, strategy.state_replicas, strategy.offload)
+    return vectors if stay and strategy.zero == 3 else 0
 
 
 def operator_kind(name: str) -> str:

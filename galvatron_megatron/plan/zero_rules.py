@@ -1,9 +1,13 @@
 """Sizes that a class of sharded parameters takes, as the runtime sets them and the cost model prices them."""
 
+from galvatron_megatron.plan.strategy import Offload
+
 LEAST_BUCKET = 40_000_000
 """Elements that Megatron, and with it the engines of ZeRO, reduce at once."""
 BUCKET_PER_RANK = 1_000_000
 """Elements for every rank that shards them, where that is more."""
+WHOLE_SHARE = 0.01
+"""Part of a layer's parameters that may stay whole under ZeRO 3."""
 _SMALLEST = 2
 """DeepSpeed wants buckets of an even number of elements to gather with."""
 
@@ -31,3 +35,19 @@ def bucket_elements(parameters: int, largest: int, replicas: int, wanted: int | 
     if not parameters:
         return 0
     return max(_SMALLEST, min(parameters, max(wanted or usual_bucket(replicas), largest)))
+
+
+def vectors_stay_whole(vectors: int, parameters: int, replicas: int, offload: Offload = Offload.NONE) -> bool:
+    """Whether ZeRO 3 leaves the small vectors of a layer whole on every rank, gathered once behind the step.
+
+    These are norms, and biases that are added outside of their linear: they are gathered in messages of their
+    own in every pass, which takes latency for next to no bytes. A bias that its linear adds is gathered in one
+    message with the matrix, and sharded like it.
+
+    Args:
+        vectors: elements of these vectors on a rank.
+        parameters: elements of all parameters of the layer there, the vectors' included.
+        replicas: ranks that shard them.
+        offload: of the layer; weights in host memory are not kept on the device.
+    """
+    return replicas > 1 and offload is not Offload.PARAMETERS and 0 < vectors <= WHOLE_SHARE * parameters

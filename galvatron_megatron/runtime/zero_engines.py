@@ -8,7 +8,7 @@ by ``import_engines``, which tells DeepSpeed the device.
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils.timer import NoopTimer
 
 from galvatron_megatron.plan.strategy import Offload
+from galvatron_megatron.runtime.zero_whole import STAYS_WHOLE
 
 _EVEN_BUCKET = 2
 """DeepSpeed wants all-gather buckets that are a multiple of two elements."""
@@ -230,6 +231,7 @@ class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
         modules: list[torch.nn.Module],
         borrowers: list[tuple[torch.nn.Module, torch.nn.Parameter]],
         options: EngineOptions,
+        whole: Iterable[torch.nn.Parameter] = (),
     ) -> None:
         """Takes over the parameters of an optimizer and shards them.
 
@@ -239,6 +241,7 @@ class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
             modules: which hold these parameters and no others.
             borrowers: modules that compute with a parameter of another module, and that parameter.
             options: groups and sizes.
+            whole: those of the parameters that every rank has whole while it runs a step.
         """
         for parameter in names:
             parameter.ds_zero_partition_process_group = options.group
@@ -260,13 +263,15 @@ class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
                 gradient_accumulation_dtype=options.gradient_dtype,
                 communication_data_type=options.communication_dtype,
                 reduce_bucket_size=options.bucket_elements,
-                param_persistence_threshold=0,  # every parameter is sharded, however small
+                param_persistence_threshold=0,  # in vain without DeepSpeed's trace, see ``_keep_whole``
                 prefetch_bucket_size=0,
                 max_live_parameters=0,
                 max_reuse_distance=0,
             )
         for module, parameter in borrowers:
             deepspeed.zero.register_external_parameter(module, parameter)
+        self.whole = list(whole)
+        self._keep_whole()
         self.offloads = options.offload is not Offload.NONE
         if self.offloads:
             self._accumulate_on_device()
@@ -276,6 +281,31 @@ class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
             ):
                 _share_storage(weights, main)
         self.pieces = tuple(self._find_pieces())
+
+    def _keep_whole(self) -> None:
+        """Keeps small parameters from being let go when a module has used them, until the next step.
+
+        DeepSpeed heeds its own thresholds only where it has a trace of one whole step, which Megatron's
+        schedules do not repeat pass by pass. It lets nothing go that a module uses; here one never ends.
+        """
+        for parameter in self.whole:
+            parameter.ds_active_sub_modules.add(STAYS_WHOLE)
+
+    def apply(self) -> None:
+        """Steps with the gradients as they are; what stays whole is gathered behind it, all at once."""
+        super().apply()
+        if self.whole:
+            self.whole[0].all_gather_coalesced(self.whole).wait()
+            self._keep_whole()
+
+    def reload(self) -> None:
+        """Takes the model's weights over into the main weights; what stays whole is gathered anew."""
+        for parameter in self.whole:
+            parameter.ds_active_sub_modules.discard(STAYS_WHOLE)
+        if self.whole:
+            self.whole[0].partition(param_list=self.whole)
+        self._keep_whole()
+        super().reload()
 
     def _find_pieces(self) -> Iterator[Piece]:
         for index, parameters in enumerate(self.fp16_groups):

@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import copy_tensor_model_parallel_attributes
 from megatron.core.utils import unwrap_model
 
 from galvatron_megatron.plan.strategy import Offload
-from galvatron_megatron.plan.zero_rules import bucket_elements, usual_bucket
+from galvatron_megatron.plan.zero_rules import bucket_elements, usual_bucket, vectors_stay_whole
 from galvatron_megatron.runtime.checkpoint_stretches import MAIN, STATES, Stretch
 from galvatron_megatron.runtime.zero import ZeroPart, import_engines
 from galvatron_megatron.runtime.zero_ahead import FORWARD, GatherAhead
@@ -221,7 +221,12 @@ def _engine(
         return engines.ShardedStatesEngine(optimizer, names, state_class.zero, options)
     model = unwrap_model(chunk)
     engine = engines.ShardedParametersEngine(
-        optimizer, names, _owning_modules(model, parameters), _borrowing_modules(model, parameters), options
+        optimizer,
+        names,
+        _owning_modules(model, parameters),
+        _borrowing_modules(model, parameters),
+        options,
+        _whole_vectors(model, parameters, options),
     )
     part.ahead = _gather_ahead(chunk, model)
     part.ahead.add(engine)
@@ -250,6 +255,39 @@ def _bucket_elements(part: ZeroPart, parameters: list[torch.nn.Parameter]) -> in
     asked = part.ddp_config.bucket_size
     wanted = None if asked == usual_bucket(base) else asked
     return bucket_elements(sum(sizes), max(sizes), part.dp_cp_group.size(), wanted)
+
+
+def _whole_vectors(
+    model: torch.nn.Module, parameters: list[torch.nn.Parameter], options: Any
+) -> list[torch.nn.Parameter]:
+    """Parameters among some that stay whole, see ``vectors_stay_whole``; those of experts never do."""
+    from galvatron_megatron.runtime.layers import PlannedLayer
+
+    wanted = {id(parameter) for parameter in parameters}
+    found = []
+    for layer in model.modules():
+        if not isinstance(layer, PlannedLayer):
+            continue
+        modules = [module for name, module in layer.named_modules() if ".experts" not in name]
+        vectors = [parameter for module in modules for parameter in _vectors(module)]
+        apart, together = (sum(_shape(p).numel() for p in of) for of in (vectors, layer.parameters()))
+        if vectors_stay_whole(apart, together, options.group.size(), options.offload):
+            found += [parameter for parameter in vectors if id(parameter) in wanted]
+    return found
+
+
+def _vectors(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Parameters of a norm, or the bias that a linear hands on."""
+    own = list(module.parameters(recurse=False))
+    vectors = [parameter for parameter in own if len(_shape(parameter)) == 1]
+    if len(vectors) == len(own) or getattr(module, "skip_bias_add", False):
+        return vectors
+    return []
+
+
+def _shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """Of a parameter that may be sharded already."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _owning_modules(model: torch.nn.Module, parameters: list[torch.nn.Parameter]) -> list[torch.nn.Module]:

@@ -10,6 +10,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
 _PARAMETER = "galvatron_parameter"
+STAYS_WHOLE = "stays whole"
+"""Stands among the modules that are using a parameter which is not let go when they are through."""
 
 
 def parameter_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -29,20 +31,27 @@ def whole_parameters(modules: Iterable[torch.nn.Module], *, keep_changes: bool =
         modules: model chunks.
         keep_changes: whether what is written meanwhile stays; every rank must then write the same.
     """
-    parameters = _sharded(modules)
+    parameters = shared = _sharded(modules)
     if parameters:
         # Imported only where engines are: the first import settles for good which device DeepSpeed takes.
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        parameters = [p for p in parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-    if not parameters:
-        yield
-        return
-    parameters[0].all_gather(param_list=parameters)
+        parameters = [p for p in shared if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    if parameters:
+        parameters[0].all_gather(param_list=parameters)
     try:
         yield
     finally:
-        parameters[0].partition(param_list=parameters, has_been_updated=keep_changes)
+        staying = [p for p in shared if STAYS_WHOLE in p.ds_active_sub_modules]
+        for parameter in staying:
+            parameter.ds_active_sub_modules.discard(STAYS_WHOLE)
+        if keep_changes:
+            # Their parts are to have what was written; they are gathered again at their next use.
+            parameters = list(dict.fromkeys([*parameters, *staying]))
+        if parameters:
+            parameters[0].partition(param_list=parameters, has_been_updated=keep_changes)
+        for parameter in staying:
+            parameter.ds_active_sub_modules.add(STAYS_WHOLE)
 
 
 def let_checkpoints_see_whole_parameters(model: torch.nn.Module) -> None:

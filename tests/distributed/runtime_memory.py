@@ -32,8 +32,14 @@ def own_tensors(part):
         weights = [parameter.data for parameter in part.module.parameters()]
         return weights, [buffer.grad_data for buffer in part.buffers], []
     weights = [getattr(parameter, "ds_tensor", parameter).data for parameter in part.parameters]
+    weights += [parameter.data for parameter in whole_of(part)]
     gradients = [engine.gradient(i) for engine in part.engines for i in range(len(engine.partitions))]
     return weights, gradients, [partition.data for engine in part.engines for partition in engine.partitions]
+
+
+def whole_of(part):
+    """Parameters that ZeRO 3 keeps whole beside their shards."""
+    return [p for engine in getattr(part, "engines", ()) for p in getattr(engine, "whole", ())]
 
 
 def whole_gradients(part):
@@ -105,6 +111,7 @@ def live(chunks, optimizer):
             "class": (state_class.weight_shards, state_class.zero, state_class.offload),
             "parameters": sum(getattr(p, "ds_numel", p.numel()) for part in parts for p in parameters_of(part)),
             "replicas": parts[0].dp_cp_group.size(),
+            "whole": sum(p.ds_numel for part in parts for p in whole_of(part)),
         }
         if state_class.offload is not Offload.NONE:
             (part,) = parts

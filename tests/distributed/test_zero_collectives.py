@@ -18,8 +18,8 @@ from galvatron_megatron.plan.strategy import Recompute, Strategy
 pytestmark = pytest.mark.distributed
 
 LAYERS, HIDDEN, HEADS, WIDTH, LENGTH, SAMPLES = 3, 32, 4, 64, 8, 2
-NORM_MODULES, NORMS = 2, 2 * 2 * HIDDEN
-"""Norms of a layer, and their parameters."""
+BIASES = HIDDEN + WIDTH + HIDDEN
+"""Elements of the biases that a layer's linears hand on: gathered with their linear, and kept."""
 MODEL = Model(
     name="three layers",
     hidden_size=HIDDEN,
@@ -29,12 +29,13 @@ MODEL = Model(
 )
 OPTIONS = RunOptions(implementation="local", deepspeed_zero_1=True)
 CASES = [
-    (zero, precision, recompute, ahead)
+    (zero, precision, recompute, ahead, keeps)
     for zero in (1, 2, 3)
     for precision in ("fp32", "bf16")
     for recompute in (Recompute.NONE, Recompute.FULL)
-    for ahead in ((False, True) if zero == 3 else (False,))
+    for ahead, keeps in (((False, False), (True, False), (False, True)) if zero == 3 else ((False, False),))
 ]
+"""ZeRO stage, precision, recomputation, parameters are gathered ahead, norms stay whole."""
 
 
 def count_collectives(rank, world_size, cases, micro_batches):
@@ -56,6 +57,7 @@ def count_collectives(rank, world_size, cases, micro_batches):
 
     from galvatron_megatron.runtime import zero_engines
     from galvatron_megatron.runtime.zero_ahead import GatherAhead
+    from galvatron_megatron.runtime.zero_optimizer import _vectors
 
     parallel_state.initialize_model_parallel(1)
     tensor_parallel.model_parallel_cuda_manual_seed(3)
@@ -92,9 +94,39 @@ def count_collectives(rank, world_size, cases, micro_batches):
     plain = {name: getattr(backend, name) for name in kinds}
     for name, kind in kinds.items():
         setattr(backend, name, recording(kind, plain[name]))
+
+    def step(engine, ahead, layers, mask, dtype, recompute):
+        engine.forget_gradients()
+        for _ in range(micro_batches):
+            late.clear()
+            when[0], passed[0] = "forward", 0
+            ahead.begin("forward")
+            hidden = torch.randn(LENGTH, SAMPLES, HIDDEN, dtype=dtype, requires_grad=True)
+            for layer in layers:
+
+                def run(value, layer=layer, mask=mask):
+                    return layer(value, attention_mask=mask)[0]
+
+                full = recompute is Recompute.FULL
+                if passed[0]:
+                    hidden.register_hook(lambda _: passed.__setitem__(0, passed[0] + 1))
+                hidden = tensor_parallel.checkpoint(run, False, hidden) if full else run(hidden)
+                passed[0] += 1
+            ahead.end()
+            when[0], passed[0] = "backward", 0
+            ahead.begin("backward")
+            engine.begin_backward()
+            hidden.float().square().mean().backward()
+            ahead.end()
+            engine.end_backward()
+        when[0] = "reduction"
+        engine.finish_accumulation()
+        when[0] = "update"
+        engine.apply()
+
     answers = []
     try:
-        for zero, precision, recompute, looks_ahead in cases:
+        for zero, precision, recompute, looks_ahead, keeps in cases:
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
             config = TransformerConfig(
                 num_layers=LAYERS,
@@ -119,46 +151,26 @@ def count_collectives(rank, world_size, cases, micro_batches):
                 # A layer fills a bucket.
                 bucket_elements=size,
             )
+            found = [_vectors(module) for layer in layers for module in layer.modules()]
+            vectors = [parameter for of_module in found for parameter in of_module]
             names = {p: str(index) for index, p in enumerate(parameters)}
             optimizer = torch.optim.AdamW(parameters, lr=1e-3)
             engine = (
                 zero_engines.ShardedStatesEngine(optimizer, names, zero, engine_options)
                 if zero < 3
-                else zero_engines.ShardedParametersEngine(optimizer, names, layers, [], engine_options)
+                else zero_engines.ShardedParametersEngine(
+                    optimizer, names, layers, [], engine_options, vectors if keeps else ()
+                )
             )
             ahead = GatherAhead(layers)
             if looks_ahead:
                 ahead.add(engine)
-            sent.clear()
             most_whole[0] = 0
             mask = torch.tril(torch.ones((1, 1, LENGTH, LENGTH))) < 0.5
-            engine.forget_gradients()
-            for _ in range(micro_batches):
-                late.clear()
-                when[0], passed[0] = "forward", 0
-                ahead.begin("forward")
-                hidden = torch.randn(LENGTH, SAMPLES, HIDDEN, dtype=dtype, requires_grad=True)
-                for layer in layers:
-
-                    def run(value, layer=layer, mask=mask):
-                        return layer(value, attention_mask=mask)[0]
-
-                    full = recompute is Recompute.FULL
-                    if passed[0]:
-                        hidden.register_hook(lambda _: passed.__setitem__(0, passed[0] + 1))
-                    hidden = tensor_parallel.checkpoint(run, False, hidden) if full else run(hidden)
-                    passed[0] += 1
-                ahead.end()
-                when[0], passed[0] = "backward", 0
-                ahead.begin("backward")
-                engine.begin_backward()
-                hidden.float().square().mean().backward()
-                ahead.end()
-                engine.end_backward()
-            when[0] = "reduction"
-            engine.finish_accumulation()
-            when[0] = "update"
-            engine.apply()
+            # What stays whole is gathered module by module once, in the first step.
+            for _ in range(2 if keeps else 1):
+                sent.clear()
+                step(engine, ahead, layers, mask, dtype, recompute)
             answers.append(
                 (size, {key: tuple(value) for key, value in sent.items()}, dict(late), most_whole[0])
             )
@@ -172,7 +184,7 @@ def count_collectives(rank, world_size, cases, micro_batches):
 def test_what_is_sent_is_what_is_priced(ranks, micro_batches):
     counts = layer_counts(MODEL, MODEL.layers[0], Strategy(dp=2), SAMPLES, "local")
     for answers in ranks(2).run(count_collectives, CASES, micro_batches):
-        for (zero, precision, recompute, _), (parameters, sent, *_) in zip(CASES, answers, strict=True):
+        for (zero, precision, recompute, _, keeps), (parameters, sent, *_) in zip(CASES, answers, strict=True):
             assert parameters == counts.parameters
             expected = Counter()
             number = Counter()
@@ -180,9 +192,10 @@ def test_what_is_sent_is_what_is_priced(ranks, micro_batches):
                 parameters,
                 zero,
                 parameter_bytes(precision, OPTIONS),
-                modules=gathered_modules(counts, OPTIONS),
+                modules=gathered_modules(counts, OPTIONS, norms=not keeps),
                 recompute=recompute,
                 deepspeed=OPTIONS.deepspeed_zero_1,
+                whole=counts.parameters_apart if keeps else 0,
             ):
                 times = LAYERS * (micro_batches if entry.when in ("forward", "backward") else 1)
                 expected[entry.when, entry.kind] += entry.bytes * times
@@ -191,27 +204,27 @@ def test_what_is_sent_is_what_is_priced(ranks, micro_batches):
             where = f"zero {zero} {precision} recompute {recompute.value}"
             assert sent.keys() == expected.keys(), where
             for key, (count, total) in sent.items():
-                # What stage 3 gathered for a norm stays until the step; the price gathers it every time.
-                kept = key[1] == "all_gather" and zero == 3
+                # Biases that linears hand on stay with DeepSpeed until the step; the price gathers them always.
+                kept = key[1] == "all_gather" and zero == 3 and not keeps
                 passes = LAYERS * micro_batches * (2 if recompute is Recompute.FULL else 1) if kept else 0
                 size = parameter_bytes(precision, OPTIONS).weight
-                assert expected[key] - passes * NORMS * size <= total <= expected[key], (where, key)
-                assert number[key] - passes * NORM_MODULES <= count <= number[key], (where, key)
+                assert expected[key] - passes * BIASES * size <= total <= expected[key], (where, key)
+                assert count == number[key], (where, key)
 
 
 def test_the_next_layer_is_on_its_way_before_this_one_is_through(ranks):
     for answers in ranks(2).run(count_collectives, CASES, 3):
         seen = dict(zip(CASES, answers, strict=True))
-        for zero, precision, recompute, ahead in CASES:
+        for zero, precision, recompute, ahead, _ in CASES:
             if not ahead:
                 continue
             where = f"{precision} recompute {recompute.value}"
-            parameters, sent, late, whole = seen[zero, precision, recompute, True]
-            _, sent_without, late_without, whole_without = seen[zero, precision, recompute, False]
+            parameters, sent, late, whole = seen[zero, precision, recompute, True, False]
+            _, sent_without, late_without, whole_without = seen[zero, precision, recompute, False, False]
             assert sent == sent_without, where
             assert late["forward"] == 0 < late_without["forward"], where
             assert late["backward"] < late_without["backward"], where
             if recompute is Recompute.NONE:  # else a module is gathered for computing again, and once more
                 assert late["backward"] == 0, where
-            # The price counts this layer and the next; what norms keep until the step is of no size.
-            assert whole_without < whole <= 2 * parameters + LAYERS * NORMS, where
+            # The price counts this layer and the next; biases that stay until the step are of no size.
+            assert whole_without < whole <= 2 * parameters + LAYERS * BIASES, where
