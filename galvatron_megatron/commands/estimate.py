@@ -2,30 +2,25 @@
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from galvatron_megatron.commands.device_memory import usable_memory_bytes
+from galvatron_megatron.commands.job_line import JobLine, is_job_line, read_job_line, refuse_beside_job_line
+from galvatron_megatron.commands.job_switches import add_switches, given_switches, options_of
 from galvatron_megatron.commands.plan_file import read_plan_file
+from galvatron_megatron.commands.search_prices import measured_prices
 from galvatron_megatron.cost.analytic import AnalyticCostModel
 from galvatron_megatron.cost.count_source import CountSource
 from galvatron_megatron.cost.estimate import Estimate, TermCostModel, estimate_plan, simulate_estimate
 from galvatron_megatron.cost.host_memory import HostUse
 from galvatron_megatron.cost.measured import MeasuredCostModel
-from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.schedule import ScheduleKind
 from galvatron_megatron.describe.cluster import Cluster, read_cluster
-from galvatron_megatron.describe.command_line import read_command_line
 from galvatron_megatron.describe.command_plan import plan_from_command_line
-from galvatron_megatron.describe.megatron_args import model_from_arguments
 from galvatron_megatron.describe.model import Model
 from galvatron_megatron.describe.model_file import read_model
 from galvatron_megatron.describe.plan_check import check_plan
-from galvatron_megatron.describe.profile_key import measured_model
-from galvatron_megatron.describe.profile_store import check_directory, list_profiles
-from galvatron_megatron.describe.vocabulary import USUAL_SIZES, UnknownVocabularyError
+from galvatron_megatron.describe.profile_store import default_directory
 from galvatron_megatron.errors import DescriptionError, PlanError
 from galvatron_megatron.plan.checks import shown
 from galvatron_megatron.plan.document import SUFFIXES, check_target
@@ -46,6 +41,8 @@ examples:
       the two side by side, the largest difference first
   galvatron estimate --cluster h100 -- pretrain_gpt.py --num-layers 32 ...
       a Megatron command line as it stands
+  galvatron estimate -- pretrain_gpt.py --num-layers 32 ...
+      on the ranks and at the prices that galvatron profile has measured
   galvatron estimate plan.yaml --model M.yaml --cluster C.yaml --trace out.json
       the simulated schedule, to open in ui.perfetto.dev
 """
@@ -62,7 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="plan file (.yaml or .json), or a Megatron command line behind --",
     )
     parser.add_argument("--model", type=Path, help="model file, Hugging Face config.json, or a shipped name")
-    parser.add_argument("--cluster", type=Path, required=True, help="cluster file, or a shipped name")
+    parser.add_argument(
+        "--cluster",
+        type=Path,
+        help="cluster file, or a shipped name: prices are modelled; without it, they are those that galvatron "
+        "profile has measured for this model, on the ranks that it has measured",
+    )
     parser.add_argument("--nodes", type=int, help="nodes, instead of what the cluster file says")
     parser.add_argument(
         "--seq-length", type=int, help="tokens of a sample, instead of what the model file says"
@@ -80,12 +82,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[kind.value for kind in ScheduleKind],
         help="order of passes to simulate (default: 1f1b)",
     )
-    parser.add_argument("--overlap-grad-reduce", action="store_true", help="as Megatron's flag of this name")
-    parser.add_argument("--overlap-param-gather", action="store_true", help="as Megatron's flag of this name")
+    add_switches(parser)
+    parser.add_argument(
+        "--profile",
+        metavar="FINGERPRINT|FILE",
+        help="which measured profile, where the newest of the model is not meant",
+    )
     parser.add_argument(
         "--profile-dir",
         type=Path,
-        help="price from the newest profile of the model in this directory (galvatron profile makes it)",
+        metavar="DIR",
+        help=f"the store of profiles (default: {default_directory()})",
     )
     parser.add_argument(
         "--traced",
@@ -107,10 +114,10 @@ def run(arguments: argparse.Namespace) -> int:
     _check_used(arguments)
     if arguments.trace is not None:
         check_target(arguments.trace, "--trace", DescriptionError)
-    cluster = read_cluster(arguments.cluster, nodes=arguments.nodes)
+    model, job = _model(arguments)
+    plan, name, costs = _priced_plan(arguments, model, job)
+    model, cluster = costs.model, costs.cluster
     memory_bytes = usable_memory_bytes(cluster, arguments.memory_gb)
-    model, plan, options, name = _what(arguments, cluster)
-    costs = _costs(arguments, model, cluster, plan, options)
     estimate = _estimate(plan, costs)
     host = HostUse.of(plan, costs, cluster)
     console = terminal()
@@ -144,11 +151,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _is_command_line(words: Sequence[str]) -> bool:
-    """Whether a script and its arguments were given instead of a plan file."""
-    return len(words) > 1 or (bool(words) and words[0].endswith(".py"))
-
-
 def _check_used(arguments: argparse.Namespace) -> None:
     """Refuses what this estimate would not look at: what is asked for and not done misleads.
 
@@ -161,16 +163,17 @@ def _check_used(arguments: argparse.Namespace) -> None:
             f"{shown(' '.join(words[1:]))}: too much behind {words[0]}; valid: --compare for a second plan"
         )
     unused: list[tuple[str, str]] = []
-    if _is_command_line(words):
-        names = ("model", "seq_length", "overlap_grad_reduce", "overlap_param_gather")
-        unused += [(name, "a Megatron command line, which says it itself") for name in names]
+    if is_job_line(words):
+        refuse_beside_job_line(arguments, ("model", "seq_length", *given_switches(arguments)))
     else:
         unused.append(("vocab_size", "a model file, which says it itself"))
     if arguments.compare is not None:
         unused += [(name, "--compare, which shows no schedule") for name in ("trace", "schedule")]
         unused.append(("memory_gb", "--compare, which holds memory against no limit"))
-    if arguments.profile_dir is not None:
-        unused.append(("traced", "--profile-dir, which has measured it"))
+    if arguments.cluster is None:
+        unused.append(("traced", "measured prices"))
+    else:
+        unused += [(name, "--cluster, whose prices are modelled") for name in ("profile", "profile_dir")]
     for name, why in unused:
         if getattr(arguments, name) not in (None, False):
             raise DescriptionError(f"--{name.replace('_', '-')}: unused beside {why}; valid: one of the two")
@@ -180,66 +183,64 @@ def _place(cluster: Cluster, plan: Plan) -> str:
     return f"{plan.world_size} of {cluster.world_size} devices of {cluster.name}"
 
 
-def _what(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Model, Plan, RunOptions, str]:
-    """Model, plan, options and a name, from files or from a Megatron command line."""
+def _model(arguments: argparse.Namespace) -> tuple[Model, JobLine | None]:
+    """The model, and the Megatron command line that describes it where one was given.
+
+    What our own flags on such a line say of memory and store is filled in where the command says nothing.
+
+    Raises:
+        GalvatronError: nothing is given, or it cannot be read.
+    """
     words = arguments.what
-    if _is_command_line(words):
-        line = read_command_line(words)
-        model = _described(line.arguments, arguments.vocab_size, Path(words[0]).stem)
-        plan = plan_from_command_line(words, model, cluster.world_size)
-        return model, plan, options_from_arguments(line.arguments, line.unknown), words[0]
-    if not words or arguments.model is None:
+    if not is_job_line(words):
+        if not words or arguments.model is None:
+            raise DescriptionError(
+                "nothing to estimate; valid: PLAN --model MODEL, or -- followed by a Megatron command line"
+            )
+        return read_model(arguments.model, seq_length=arguments.seq_length), None
+    if "--galvatron-auto" in words:
         raise DescriptionError(
-            "nothing to estimate; valid: PLAN --model MODEL, or -- followed by a Megatron command line"
+            "--galvatron-auto: its plan is yet to be found; valid: galvatron search -- SCRIPT ARGS, "
+            "or leave it out"
         )
-    model = read_model(arguments.model, seq_length=arguments.seq_length)
-    plan = _checked(read_plan_file(words[0], cluster.world_size), model, cluster, words[0])
-    options = RunOptions(
-        overlap_gradients=arguments.overlap_grad_reduce, overlap_parameters=arguments.overlap_param_gather
-    )
-    return model, plan, options, words[0]
+    job = read_job_line(words, vocab_size=arguments.vocab_size)
+    arguments.memory_gb = job.flags.memory_gb if arguments.memory_gb is None else arguments.memory_gb
+    if arguments.cluster is None:
+        arguments.profile_dir = arguments.profile_dir or job.flags.profile_directory
+    return job.model, job
 
 
-def _described(given: Mapping[str, object], vocab_size: int | None, name: str) -> Model:
-    """The model of a command line; its vocabulary is of the usual size where only files elsewhere tell it.
+def _priced_plan(
+    arguments: argparse.Namespace, model: Model, job: JobLine | None
+) -> tuple[Plan, str, AnalyticCostModel | MeasuredCostModel]:
+    """The plan, its name, and the prices asked for: measured, from traced counts, or from closed forms.
 
     Raises:
-        DescriptionError: the command line describes no model that can be planned for.
+        GalvatronError: the profile or the trace is missing, or the plan does not fit the rest.
     """
-    try:
-        return model_from_arguments(given, name=name, vocab_size=vocab_size)
-    except UnknownVocabularyError:
-        # Megatron's own examples for GPT give the files of GPT-2's tokenizer and no kind.
-        kind = given["tokenizer_type"] or ("GPT2BPETokenizer" if given["vocab_file"] else None)
-        if kind not in USUAL_SIZES:
-            raise
-        Console(stderr=True).print(
-            f"galvatron estimate: {kind}: its files are not at hand; {USUAL_SIZES[kind]} entries are assumed "
-            "(--vocab-size says otherwise)"
-        )
-        return model_from_arguments(given, name=name, vocab_size=USUAL_SIZES[kind])
+    if arguments.cluster is None:
+        costs = measured_prices(arguments, model, {}, job).costs
+        plan, name = _plan(arguments, costs.model, job, costs.cluster)
+        return plan, name, costs
+    cluster = read_cluster(arguments.cluster, nodes=arguments.nodes)
+    plan, name = _plan(arguments, model, job, cluster)
+    options = options_of(arguments, model) if job is None else job.options
+    counts = _traced(arguments, model, plan) if arguments.traced else None
+    return plan, name, AnalyticCostModel(model, cluster, options, counts)
 
 
-def _costs(
-    arguments: argparse.Namespace, model: Model, cluster: Cluster, plan: Plan, options: RunOptions
-) -> TermCostModel:
-    """The cost model that was asked for: measured, from traced counts, or from closed forms.
-
-    Raises:
-        GalvatronError: the profile or the trace is missing.
-    """
-    if arguments.profile_dir is None:
-        counts = _traced(arguments, model, plan) if arguments.traced else None
-        return AnalyticCostModel(model, cluster, options, counts)
-    directory = check_directory(arguments.profile_dir, write=False)
-    for profile in list_profiles(directory):
-        found = measured_model(model, profile)
-        if found is not None:
-            return MeasuredCostModel(found, cluster, profile, options)
-    raise DescriptionError(
-        f"--profile-dir {directory}: no profile of model {model.name}; valid: a directory "
-        "in which galvatron profile has measured this model"
-    )
+def _plan(
+    arguments: argparse.Namespace, model: Model, job: JobLine | None, cluster: Cluster
+) -> tuple[Plan, str]:
+    """The plan and what to call it: of the file that was given, or the one that a command line stands for."""
+    name = arguments.what[0]
+    path = name if job is None else job.flags.plan_file
+    if path is None:
+        return plan_from_command_line(job.words, model, cluster.world_size), name
+    plan = _checked(read_plan_file(path, cluster.world_size), model, cluster, str(path))
+    if job is not None:
+        job.constraints.check(plan)
+    return plan, name
 
 
 def _estimate(plan: Plan, costs: TermCostModel) -> Estimate:
@@ -251,7 +252,7 @@ def _estimate(plan: Plan, costs: TermCostModel) -> Estimate:
     estimate = estimate_plan(plan, costs)
     if isinstance(costs, MeasuredCostModel) and costs.refusals:
         what, reason = next(iter(costs.refusals.items()))
-        raise PlanError(f"profile: {what}: {reason}; valid: a plan of what was measured, or no --profile-dir")
+        raise PlanError(f"profile: {what}: {reason}; valid: a plan of what was measured, or --cluster FILE")
     return estimate
 
 
@@ -279,25 +280,6 @@ def _checked(plan: Plan, model: Model, cluster: Cluster, where: str) -> Plan:
     if plan.world_size > cluster.world_size:
         raise PlanError(
             f"{where}: made for {plan.world_size} devices, but {cluster.name} has {cluster.world_size}; valid: "
-            f"--nodes {-(-plan.world_size // cluster.devices_per_node)}"
+            f"a cluster of {-(-plan.world_size // cluster.devices_per_node)} nodes (--nodes beside --cluster)"
         )
     return plan
-
-
-def options_from_arguments(arguments: Mapping[str, object], unknown: Sequence[str]) -> RunOptions:
-    """The switches of a Megatron command line that change time or memory."""
-
-    def has(flag: str) -> bool:
-        return flag in unknown or bool(arguments.get(flag.removeprefix("--").replace("-", "_")))
-
-    is_local = arguments.get("transformer_impl") == "local"
-    return RunOptions(
-        implementation="local" if is_local else "transformer_engine",
-        gradients_in_fp32=has("--accumulate-allreduce-grads-in-fp32")
-        or (bool(arguments.get("bf16")) and not has("--grad-reduce-in-bf16")),
-        overlap_gradients=has("--overlap-grad-reduce"),
-        overlap_parameters=has("--overlap-param-gather"),
-        overlap_tensor_parallel=has("--tp-comm-overlap"),
-        optimizer_instances=arguments.get("num_distributed_optimizer_instances") or 1,
-        bucket_elements=arguments.get("ddp_bucket_size") if has("--overlap-grad-reduce") else None,
-    )

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from galvatron_megatron.commands.device_memory import usable_memory_bytes
+from galvatron_megatron.commands.job_line import JobLine, is_job_line, read_job_line, refuse_beside_job_line
+from galvatron_megatron.commands.job_switches import add_switches, given_switches
 from galvatron_megatron.commands.search_prices import prices_of
 from galvatron_megatron.cost.analytic import AnalyticCostModel
 from galvatron_megatron.cost.host_memory import free_host_bytes
@@ -28,19 +30,17 @@ from galvatron_megatron.plan.checks import shown
 from galvatron_megatron.plan.constraints import Constraints
 from galvatron_megatron.plan.document import SUFFIXES, check_target
 from galvatron_megatron.plan.plan import Fingerprints
-from galvatron_megatron.plan.runnable import HIGHEST_STOCK_ZERO, HIGHEST_ZERO, ZERO_BACKENDS
+from galvatron_megatron.plan.runnable import HIGHEST_STOCK_ZERO, HIGHEST_ZERO
 from galvatron_megatron.plan.serialization import write_plan
 from galvatron_megatron.plan.strategy import Offload, Recompute, SequenceParallel
 from galvatron_megatron.report.search_report import print_search, print_space, search_document
 from galvatron_megatron.report.terminal import terminal
 from galvatron_megatron.search.decision_tree import Space
 from galvatron_megatron.search.engine import Progress as SearchProgress
-from galvatron_megatron.search.engine import search
 from galvatron_megatron.search.explanation import explain
-from galvatron_megatron.search.host_memory import offloading_no_more, search_within_hosts
+from galvatron_megatron.search.host_memory import offloading_no_more
+from galvatron_megatron.search.job import find_plan, job_request
 from galvatron_megatron.search.request import UNIFORM_MARGIN, SearchRequest
-from galvatron_megatron.search.reranking import rerank
-from galvatron_megatron.search.result import SearchResult
 
 EPILOG = """\
 examples:
@@ -48,6 +48,8 @@ examples:
   galvatron search --model config.json --cluster c.yaml --global-batch-size 64 --output plan.yaml --json
   galvatron search --model M.yaml --global-batch-size 64
       on the ranks and at the prices that galvatron profile has measured
+  galvatron search -- pretrain_gpt.py --num-layers 32 ... --global-batch-size 64
+      the plan of a job with this command line under --galvatron-auto, from what was measured
   galvatron search --model M.yaml --cluster C.yaml --global-batch-size 64 --show-space
   galvatron search --model M.yaml --cluster C.yaml --global-batch-size 64 --explain
 """
@@ -62,7 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     what = parser.add_argument_group("what to plan for")
-    what.add_argument("--model", required=True, help="model file, Hugging Face config.json, or a shipped name")
+    what.add_argument(
+        "what",
+        nargs="*",
+        metavar="-- SCRIPT ARGS",
+        help="a Megatron command line, instead of --model and all that the line says itself",
+    )
+    what.add_argument("--model", help="model file, Hugging Face config.json, or a shipped name")
     what.add_argument(
         "--cluster",
         help="cluster file, or a shipped name: prices are modelled; without it, a plan is made for the ranks "
@@ -71,11 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--nodes", type=int, help="nodes, instead of what the cluster file says")
     what.add_argument("--seq-length", type=int, help="tokens of a sample, instead of what the model file says")
     what.add_argument(
-        "--memory-gb", type=float, help="memory of a device that a plan may use, in GB of 2**30 bytes"
+        "--vocab-size", type=int, help="entries of the vocabulary, where a command line does not say it"
     )
     what.add_argument(
-        "--global-batch-size", required=True, metavar="B", help="samples a step, or a range FIRST:LAST[:STEP]"
+        "--memory-gb", type=float, help="memory of a device that a plan may use, in GB of 2**30 bytes"
     )
+    what.add_argument("--global-batch-size", metavar="B", help="samples a step, or a range FIRST:LAST[:STEP]")
     what.add_argument(
         "--profile",
         metavar="FINGERPRINT|FILE",
@@ -121,15 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fixed.add_argument("--etp", type=int, help="in how many parts each expert is split")
     fixed.add_argument("--sequence-parallel", choices=[kind.value for kind in SequenceParallel])
     fixed.add_argument("--recompute", choices=[kind.value for kind in Recompute])
-    job = parser.add_argument_group("how the job runs beside the plan")
-    job.add_argument("--overlap-grad-reduce", action="store_true", help="as Megatron's flag of this name")
-    job.add_argument("--overlap-param-gather", action="store_true", help="as Megatron's flag of this name")
-    job.add_argument(
-        "--zero-backend",
-        choices=ZERO_BACKENDS,
-        default=ZERO_BACKENDS[0],
-        help="who runs ZeRO 1, as --galvatron-zero-backend of a job (default: megatron)",
-    )
+    add_switches(parser)
     output = parser.add_argument_group("answer")
     output.add_argument(
         "--uniform-margin",
@@ -161,16 +162,14 @@ def run(arguments: argparse.Namespace) -> int:
         GalvatronError: an input cannot be read, or nothing fits.
     """
     _check_targets(arguments)
-    options = RunOptions(
-        overlap_gradients=arguments.overlap_grad_reduce,
-        overlap_parameters=arguments.overlap_param_gather,
-        deepspeed_zero_1=arguments.zero_backend == "deepspeed",
-    )
-    model = read_model(arguments.model, seq_length=arguments.seq_length)
-    _check_decisions(arguments, model)
-    prices = prices_of(arguments, model, options)
-    model, cluster, cost_model = prices.model, prices.cluster, prices.costs
-    request = _request(arguments, model, cluster, usable_memory_bytes(cluster, arguments.memory_gb))
+    job = _job(arguments)
+    model = read_model(arguments.model, seq_length=arguments.seq_length) if job is None else job.model
+    constraints = _constraints(arguments) if job is None else job.constraints
+    decided = _decided(constraints, job)
+    _check_decisions(arguments, model, decided)
+    prices = prices_of(arguments, model, decided, job)
+    model, cluster, cost_model, options = prices.model, prices.cluster, prices.costs, prices.options
+    request = _request(arguments, model, cluster, constraints)
     request = replace(request, **prices.limits)
     console = terminal()
     if arguments.show_space:
@@ -179,13 +178,7 @@ def run(arguments: argparse.Namespace) -> int:
     profile = cost_model.profile if isinstance(cost_model, MeasuredCostModel) else None
     host_bytes = free_host_bytes(cluster, profile, request.memory_bytes)
     with _ProgressBar(quiet=arguments.json) as bar:
-
-        def find(asked: SearchRequest) -> SearchResult:
-            found = search(asked, cost_model, progress=bar.show)
-            # At measured prices like --galvatron-auto, so that a search on a job's profile finds its plan.
-            return rerank(found, asked, cost_model) if isinstance(cost_model, AnalyticCostModel) else found
-
-        result, note = search_within_hosts(request, cost_model, host_bytes, find)
+        result, note = find_plan(request, cost_model, host_bytes, progress=bar.show)
     if note is not None:
         print(f"galvatron: {note}", file=sys.stderr)
     marks = Fingerprints(model=model.fingerprint(), cluster=cluster.fingerprint(), profile=prices.profile)
@@ -237,31 +230,97 @@ def _check_targets(arguments: argparse.Namespace) -> None:
             check_target(path, flag, SearchError, suffixes=suffixes)
 
 
-def _check_decisions(arguments: argparse.Namespace, model: Model) -> None:
+def _job(arguments: argparse.Namespace) -> JobLine | None:
+    """The Megatron command line that was given, None where a model file was.
+
+    What our own flags on it say counts where the flags of this command say nothing: they are filled in.
+
+    Raises:
+        GalvatronError: neither or both are given, or the line cannot be read.
+    """
+    words = arguments.what
+    if not words:
+        for name in ("model", "global_batch_size"):
+            if getattr(arguments, name) is None:
+                flag = f"--{name.replace('_', '-')}"
+                raise SearchError(f"{flag}: missing; valid: {flag}, or -- followed by a Megatron command line")
+        if arguments.vocab_size is not None:
+            raise SearchError("--vocab-size: unused beside a model file, which says it itself")
+        return None
+    if not is_job_line(words):
+        raise SearchError(f"{shown(words[0])}: no flag; valid: -- followed by a Megatron command line")
+    refuse_beside_job_line(
+        arguments, ("model", "seq_length", "global_batch_size", *_DECISIONS, *given_switches(arguments))
+    )
+    job = read_job_line(words, vocab_size=arguments.vocab_size)
+    if job.flags.plan_file is not None:
+        raise SearchError(
+            f"--galvatron-plan {job.flags.plan_file}: the plan is given, nothing is searched; valid: galvatron "
+            "estimate, or leave it out"
+        )
+    if job.constraints.global_batch_size is None:
+        raise SearchError("--global-batch-size: missing; a plan is made for a batch; valid: an integer >= 1")
+    arguments.global_batch_size = str(job.constraints.global_batch_size)
+    arguments.uniform = arguments.uniform or job.flags.uniform
+    arguments.offload = arguments.offload or _asked(job.flags.offload)
+    arguments.memory_gb = job.flags.memory_gb if arguments.memory_gb is None else arguments.memory_gb
+    arguments.profile_dir = arguments.profile_dir or job.flags.profile_directory
+    return job
+
+
+_DECISIONS = {
+    "pp": ("pp", "--pipeline-model-parallel-size"),
+    "tp": ("tp", "--tensor-model-parallel-size"),
+    "cp": ("cp", "--context-parallel-size"),
+    "zero": ("zero", "--use-distributed-optimizer"),
+    "virtual_stages": ("virtual_stages", "--num-virtual-stages-per-pipeline-rank"),
+    "micro_batch_size": ("micro_batch_size", "--micro-batch-size"),
+    "ep": ("expert_parallel", "--expert-model-parallel-size"),
+    "etp": ("expert_tensor_parallel", "--expert-tensor-parallel-size"),
+    "sequence_parallel": ("sequence_parallel", "--sequence-parallel"),
+    "recompute": ("recompute", "--recompute-granularity"),
+}
+"""Flag of this command -> constraint, and Megatron's flag for it."""
+
+
+def _asked(offload: Offload) -> str | None:
+    return None if offload is Offload.NONE else offload.value
+
+
+def _decided(constraints: Constraints, job: JobLine | None) -> dict[str, tuple[str, object]]:
+    """Decisions made by hand: name -> the flag as it was given, and the value."""
+    found = {}
+    for name, (field, flag) in _DECISIONS.items():
+        value = getattr(constraints, field)
+        if value is not None:
+            found[name] = (f"--{name.replace('_', '-')}" if job is None else flag, value)
+    return found
+
+
+def _check_decisions(
+    arguments: argparse.Namespace, model: Model, decided: Mapping[str, tuple[str, object]]
+) -> None:
     """Refuses decisions made by hand that a limit of the space or the model contradicts."""
     for limit, name, allowed in (
-        ("no_ulysses", "sequence_parallel", (None, "none", "megatron")),
-        ("no_context_parallel", "cp", (None, 1)),
-        ("no_expert_parallel", "ep", (None, 1)),
-        ("no_interleaving", "virtual_stages", (None, 1)),
-        ("no_recompute", "recompute", (None, "none")),
+        ("no_ulysses", "sequence_parallel", ("none", "megatron")),
+        ("no_context_parallel", "cp", (1,)),
+        ("no_expert_parallel", "ep", (1,)),
+        ("no_interleaving", "virtual_stages", (1,)),
+        ("no_recompute", "recompute", ("none",)),
     ):
-        value = getattr(arguments, name)
-        if getattr(arguments, limit) and value not in allowed:
-            flags = [f"--{word.replace('_', '-')}" for word in (name, limit)]
-            raise SearchError(f"{flags[0]} {value}: {flags[1]} forbids it; valid: one of the two")
+        flag, value = decided.get(name, ("", None))
+        if getattr(arguments, limit) and value not in (None, *allowed):
+            raise SearchError(f"{flag} {value}: --{limit.replace('_', '-')} forbids it; valid: one of the two")
     if not any(layer.kind.has_experts for layer in model.layers):
         for name in ("ep", "etp"):
-            if getattr(arguments, name) not in (None, 1):
-                raise SearchError(
-                    f"--{name} {getattr(arguments, name)}: model {model.name!r} has no experts; "
-                    "valid: leave it out"
-                )
+            flag, value = decided.get(name, ("", None))
+            if value not in (None, 1):
+                raise SearchError(f"{flag} {value}: model {model.name!r} has no experts; valid: leave it out")
 
 
-def _request(arguments: argparse.Namespace, model: Model, cluster: Cluster, memory: int) -> SearchRequest:
+def _constraints(arguments: argparse.Namespace) -> Constraints:
     kind = arguments.sequence_parallel
-    constraints = Constraints(
+    return Constraints(
         tp=arguments.tp,
         cp=arguments.cp,
         pp=arguments.pp,
@@ -273,22 +332,32 @@ def _request(arguments: argparse.Namespace, model: Model, cluster: Cluster, memo
         virtual_stages=arguments.virtual_stages,
         micro_batch_size=arguments.micro_batch_size,
     )
+
+
+def _request(
+    arguments: argparse.Namespace, model: Model, cluster: Cluster, constraints: Constraints
+) -> SearchRequest:
+    """The question of a job on these devices, with the limits that flags of this command set."""
     batches = _batch_sizes(arguments.global_batch_size)
-    return SearchRequest(
-        model=model,
+    request = job_request(
+        model,
         world_size=cluster.world_size,
         devices_per_node=cluster.devices_per_node,
-        memory_bytes=memory,
+        memory_bytes=usable_memory_bytes(cluster, arguments.memory_gb),
+        global_batch_size=batches[0],
+        constraints=constraints,
+        uniform=arguments.uniform,
+        offload=_offload(arguments, constraints),
+        max_zero=_max_zero(arguments),
+    )
+    return replace(
+        request,
         global_batch_size=batches[0] if len(batches) == 1 else None,
         global_batch_sizes=() if len(batches) == 1 else batches,
-        constraints=constraints,
-        layerwise=not arguments.uniform,
-        max_zero=_max_zero(arguments),
         allow_ulysses=not arguments.no_ulysses,
         allow_cp=not arguments.no_context_parallel,
         allow_expert_parallel=not arguments.no_expert_parallel,
-        offloads=_offloads(arguments),
-        allow_interleaving=not arguments.no_interleaving,
+        allow_interleaving=request.allow_interleaving and not arguments.no_interleaving,
         tp_across_nodes=arguments.tp_across_nodes,
         recompute_kinds=(Recompute.NONE,) if arguments.no_recompute else tuple(Recompute),
         uniform_margin=arguments.uniform_margin,
@@ -296,19 +365,19 @@ def _request(arguments: argparse.Namespace, model: Model, cluster: Cluster, memo
     )
 
 
-def _offloads(arguments: argparse.Namespace) -> tuple[Offload, ...]:
+def _offload(arguments: argparse.Namespace, constraints: Constraints) -> Offload:
     if arguments.offload is None:
-        return (Offload.NONE,)
+        return Offload.NONE
     if arguments.galvatron_profile is not None:
         raise SearchError(
             "--offload: Hetu-Galvatron's profiles hold no price of it; valid: one of the two flags"
         )
-    highest = _max_zero(arguments) if arguments.zero is None else arguments.zero
+    highest = _max_zero(arguments) if constraints.zero is None else constraints.zero
     if arguments.offload == Offload.PARAMETERS and highest < 3:
         raise SearchError(
             f"--offload parameters: needs ZeRO 3, up to {highest} may be used; valid: --max-zero 3"
         )
-    return Offload(arguments.offload).and_less
+    return Offload(arguments.offload)
 
 
 def _batch_sizes(text: str) -> tuple[int, ...]:

@@ -23,8 +23,11 @@ class CommandLine:
     """Everything that the table does not know, in order: the script, other flags and their values."""
 
 
-class _RaisingParser(argparse.ArgumentParser):
+class RaisingParser(argparse.ArgumentParser):
+    """Raises a ``DescriptionError`` where argparse would print its usage and end the process."""
+
     def error(self, message: str) -> None:  # type: ignore[override]
+        """Raises; see argparse."""
         raise DescriptionError(f"Megatron command line: {message}")
 
 
@@ -37,7 +40,7 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     Raises:
         DescriptionError: a known flag with a bad value.
     """
-    parser = _RaisingParser(allow_abbrev=False, add_help=False)
+    parser = RaisingParser(allow_abbrev=False, add_help=False)
     for flag in FLAGS:
         flag.add_to(parser)
     # Without defaults the namespace holds exactly what was given.

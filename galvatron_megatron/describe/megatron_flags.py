@@ -57,11 +57,13 @@ class Flag:
         """The value where the flag is not given."""
         return {"on": False, "off": True}.get(self.kind, self.default)
 
-    def add_to(self, parser: argparse.ArgumentParser) -> None:
-        """Adds the flag to a parser, without its default."""
+    def add_to(self, parser: argparse._ActionsContainer, explanation: str | None = None) -> None:
+        """Adds the flag to a parser or one of its groups, without its default."""
         if self.kind in ("on", "off"):
             action = "store_true" if self.kind == "on" else "store_false"
-            parser.add_argument(*self.names, dest=self.dest, action=action, default=argparse.SUPPRESS)
+            parser.add_argument(
+                *self.names, dest=self.dest, action=action, default=argparse.SUPPRESS, help=explanation
+            )
             return
         parser.add_argument(
             *self.names,
@@ -70,6 +72,7 @@ class Flag:
             default=argparse.SUPPRESS,
             nargs=self.nargs,
             choices=self.choices,
+            help=explanation,
         )
 
 
@@ -209,6 +212,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--ddp-bucket-size",), "ddp_bucket_size", "int"),
     Flag(("--overlap-grad-reduce",), "overlap_grad_reduce", "on"),
     Flag(("--overlap-param-gather",), "overlap_param_gather", "on"),
+    Flag(("--tp-comm-overlap",), "tp_comm_overlap", "on"),
     Flag(("--use-torch-fsdp2",), "use_torch_fsdp2", "on"),
     Flag(("--use-megatron-fsdp",), "use_megatron_fsdp", "on"),
     Flag(("--distributed-backend",), "distributed_backend", "str", "nccl", choices=("nccl", "gloo")),

@@ -15,8 +15,9 @@ from typing import Any
 
 from galvatron_megatron import __version__
 from galvatron_megatron.cost.host_memory import free_host_bytes
+from galvatron_megatron.cost.measurable import check_measured_experts, check_measured_optimizer
 from galvatron_megatron.cost.measured import MeasuredCostModel
-from galvatron_megatron.cost.options import RunOptions
+from galvatron_megatron.cost.options import RunOptions, run_options
 from galvatron_megatron.describe.cluster import Cluster
 from galvatron_megatron.describe.megatron_args import plan_constraints
 from galvatron_megatron.describe.model import Model
@@ -29,7 +30,6 @@ from galvatron_megatron.integration.decision import Decision, DecisionStore
 from galvatron_megatron.integration.job_model import job_model
 from galvatron_megatron.integration.options import Options
 from galvatron_megatron.plan.constraints import Constraints
-from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.line import plan_line
 from galvatron_megatron.plan.megatron_arguments import megatron_arguments, runs_on_stock_megatron
 from galvatron_megatron.plan.plan import Fingerprints, Plan
@@ -41,10 +41,9 @@ from galvatron_megatron.profiler.session import profile_live_ranks
 from galvatron_megatron.profiler.switches import switches_of
 from galvatron_megatron.profiler.topology import facts_of_this_rank, software_versions
 from galvatron_megatron.runtime.support import CHANGING_BATCH
-from galvatron_megatron.runtime.zero import zero_backend
 from galvatron_megatron.search.decision_tree import Space
-from galvatron_megatron.search.engine import search
-from galvatron_megatron.search.host_memory import offloads, search_within_hosts
+from galvatron_megatron.search.host_memory import offloads
+from galvatron_megatron.search.job import find_plan, job_request
 from galvatron_megatron.search.request import UNIFORM_MARGIN, SearchRequest
 from galvatron_megatron.search.result import SearchResult
 
@@ -73,7 +72,7 @@ def _searched(
     """
     host_bytes = free_host_bytes(costs.cluster, costs.profile, request.memory_bytes)
     try:
-        return search_within_hosts(request, costs, host_bytes, lambda asked: search(asked, costs))
+        return find_plan(request, costs, host_bytes)
     except SearchError as error:
         could = host_bytes and request.layerwise and request.offloads == (Offload.NONE,) and not left_out
         more = ("states may lie in host memory by --galvatron-offload optimizer",) if could else left_out
@@ -110,22 +109,9 @@ class JobPlanner:
         self.channel = channel
         self._validate = validate
         self.constraints: Constraints = plan_constraints(words)
-        fixed = self.constraints
-        if options.plan_file is None and fixed.expert_parallel not in (None, 1):
-            raise GalvatronError(
-                f"--expert-model-parallel-size {fixed.expert_parallel}: a job measures layers with all experts "
-                "on every rank; valid: 1, or a plan of galvatron search by --galvatron-plan FILE"
-            )
-        if options.plan_file is None and fixed.expert_tensor_parallel not in (None, fixed.tp or 1):
-            raise GalvatronError(
-                f"--expert-tensor-parallel-size {fixed.expert_tensor_parallel}: a job measures experts split "
-                f"like the rest of a layer; valid: {fixed.tp or 1}, or leave it out"
-            )
-        if (args.num_distributed_optimizer_instances or 1) > 1:
-            raise GalvatronError(
-                f"--num-distributed-optimizer-instances {args.num_distributed_optimizer_instances}: a job "
-                "measures optimizers sharded over all replicas; valid: 1"
-            )
+        if options.plan_file is None:
+            check_measured_experts(self.constraints)
+        check_measured_optimizer(self._run_options())
         for name in CHANGING_BATCH:
             if getattr(args, name, None):
                 flag = f"--{name.replace('_', '-')}"
@@ -224,20 +210,7 @@ class JobPlanner:
         }
 
     def _run_options(self) -> RunOptions:
-        args = self.args
-        return RunOptions(
-            implementation=args.transformer_impl,
-            gradients_in_fp32=bool(
-                args.accumulate_allreduce_grads_in_fp32 or (args.bf16 and not args.grad_reduce_in_bf16)
-            )
-            or not (args.bf16 or args.fp16),
-            overlap_gradients=args.overlap_grad_reduce,
-            overlap_parameters=args.overlap_param_gather,
-            overlap_tensor_parallel=args.tp_comm_overlap,
-            deepspeed_zero_1=zero_backend(args) == "deepspeed",
-            # Without overlap Megatron's buckets, and those of ZeRO, are as large as can be.
-            bucket_elements=args.ddp_bucket_size if args.overlap_grad_reduce else None,
-        )
+        return run_options(vars(self.args))
 
     def _max_zero(self) -> int:
         """The highest ZeRO stage that this job could train with."""
@@ -325,24 +298,17 @@ class JobPlanner:
 
     def _request(self) -> SearchRequest:
         """The question to the search, before devices and memory are measured."""
-        blocks = (LayerKind.BLOCK, LayerKind.MOE_BLOCK)
         world_size = self.channel.world_size
-        return SearchRequest(
-            model=self.model,
+        return job_request(
+            self.model,
             world_size=world_size,
             devices_per_node=int(os.environ.get("LOCAL_WORLD_SIZE") or world_size),
             memory_bytes=1 << 60,
             global_batch_size=self.args.global_batch_size,
             constraints=self.constraints,
-            offloads=self.options.offload.and_less,
-            layerwise=not self.options.uniform,
+            uniform=self.options.uniform,
+            offload=self.options.offload,
             max_zero=self._max_zero(),
-            # Not measured.
-            allow_cp=False,
-            allow_expert_parallel=False,
-            # Megatron has no interleaved schedule for hybrid models.
-            allow_interleaving=any(layer.kind in blocks for layer in self.model.layers),
-            uniform_margin=UNIFORM_MARGIN,
         )
 
     def _search(

@@ -152,7 +152,7 @@ def test_overlap_flags_reach_the_model(tmp_path: Path, capsys: pytest.CaptureFix
         (["--cluster", str(CLUSTER)], "nothing to estimate"),
         (["PLAN", *FILES, "--traced"], "--traced: needs a Megatron command line"),
         (["none.yaml", *FILES], "none.yaml"),
-        (["PLAN", "--model", str(MODEL), "--cluster", str(CLUSTER)], "--nodes 2"),
+        (["PLAN", "--model", str(MODEL), "--cluster", str(CLUSTER)], "a cluster of 2 nodes (--nodes beside --cluster)"),
         (["PLAN", "--model", str(CONFIGS / "models" / "llama2-13b.yaml"), *FILES[2:]], "layers"),
         (["--cluster", str(CLUSTER), "--", *f"{LINE} --tensor-model-parallel-size 3".split()], "tp 3"),
         (["PLAN", *FILES, "--trace", "/none/trace.json"], "--trace /none/trace.json: directory /none does not"),
@@ -166,9 +166,16 @@ def test_overlap_flags_reach_the_model(tmp_path: Path, capsys: pytest.CaptureFix
         ([*FILES, "--", *LINE.split()], "--model: unused beside a Megatron command line"),
         ([*FILES[2:], "--seq-length", "7", "--", *LINE.split()], "--seq-length: unused beside"),
         (
-            [*FILES[2:], "--traced", "--profile-dir", "/", "--", *LINE.split()],
-            "--traced: unused beside --profile",
+            ["--traced", "--profile-dir", "/", "--", *LINE.split()],
+            "--traced: unused beside measured prices",
         ),
+        ([*FILES[2:], "--ddp-bucket-size", "7", "--", *LINE.split()], "--ddp-bucket-size: unused beside a"),
+        (["PLAN", *FILES, "--profile", "x"], "--profile: unused beside --cluster, whose prices are modelled"),
+        (["PLAN", *FILES, "--profile-dir", "/"], "--profile-dir: unused beside --cluster"),
+        ([*FILES[2:], "--", *LINE.split(), "--galvatron-auto"], "valid: galvatron search -- SCRIPT ARGS"),
+        ([*FILES[2:], "--", *LINE.split(), "--galvatron-plam", "x"], "did you mean"),
+        ([*FILES[2:], "--", *LINE.split(), "--galvatron-plan"], "expected one argument"),
+        ([*FILES[2:], "--", *LINE.split(), "--galvatron-plan", "/none.yaml"], "/none.yaml"),
     ],
 )
 def test_bad_requests(
@@ -192,8 +199,7 @@ def test_measured_terms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     for name, strategy in (("a", Strategy(tp=2, dp=2)), ("b", Strategy(tp=4))):
         plans.append(str(tmp_path / f"{name}.yaml"))
         write_plan(uniform_plan(model, strategy, pp=1, micro_batch_size=2, micro_batches=4), plans[-1])
-    files = ["--model", str(tmp_path / "m.yaml"), "--cluster", str(CLUSTER)]
-    files += ["--profile-dir", str(profiles), "--json"]
+    files = ["--model", str(tmp_path / "m.yaml"), "--profile-dir", str(profiles), "--json"]
     assert main(["estimate", plans[0], *files]) == 0
     stage = json.loads(capsys.readouterr().out)["stages"][0]
     assert {term["source"] for term in stage["micro_batch_terms"]} == {"measured"}
@@ -202,9 +208,9 @@ def test_measured_terms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     # tp 4 was not measured.
     assert main(["estimate", plans[1], *files]) == 2
     assert capsys.readouterr().err.startswith("galvatron estimate: profile: ")
-    other = [*files[:5], str(tmp_path), "--json"]
+    other = [*files[:3], str(tmp_path), "--json"]
     assert main(["estimate", plans[0], *other]) == 2
-    assert "no profile of model" in capsys.readouterr().err
+    assert "holds no profile of model" in capsys.readouterr().err
 
 
 def test_traced_counts_agree_with_closed_forms(capsys: pytest.CaptureFixture[str]) -> None:
