@@ -58,7 +58,7 @@ def _adam(main: torch.Tensor) -> torch.optim.Optimizer:
     return host_adam([main], lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, decoupled=True)
 
 
-def measure_host_step(elements: int, precision: str, *, repeats: int = 5) -> StepPoint:
+def measure_host_step(elements: int, precision: str, *, repeats: int = 9) -> StepPoint:
     """Times a step over states in host memory; every rank of the job calls this.
 
     On the device gradients are scaled, their norm is taken, and they are zeroed for the next step. On the host
