@@ -19,14 +19,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from galvatron_megatron.runtime.zero_whole import parameter_of
-
 STATES = ("exp_avg", "exp_avg_sq")
 """Adam's states, by their names in checkpoints."""
 PREFIX = "optimizer.state."
 """In front of a state's name, behind which the parameter's follows."""
 MAIN = "param"
 """Name of a parameter's fp32 main weight among its states."""
+
+_PARAMETER, _ENTRY = "galvatron_parameter", "galvatron_entry"
 
 Block = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and sizes, by axis."""
@@ -55,10 +55,35 @@ def entries_by_parameter(model_sharded_state_dict: Any) -> dict[int, ShardedTens
     """The model's checkpoint entries by the identity of their parameter.
 
     Args:
-        model_sharded_state_dict: of the model chunks, with the parameters themselves in it.
+        model_sharded_state_dict: of the model chunks, with the parameters themselves in it, or pieces of them.
     """
     sharded, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
-    return {id(parameter_of(entry.data)): entry for entry in nested_values(sharded)}
+    found = {}
+    for entry in nested_values(sharded):
+        parameter = getattr(entry.data, _PARAMETER, entry.data)
+        found[id(parameter)] = entry if parameter is entry.data else getattr(parameter, _ENTRY)
+    return found
+
+
+def stand_for(
+    parameter: torch.nn.Parameter,
+    entry: ShardedTensor | ShardedTensorFactory,
+    pieces: dict[str, ShardedTensor],
+) -> dict[str, ShardedTensor]:
+    """Lets the pieces of a weight stand for its parameter, whose optimizer asks for the entry of all of it.
+
+    Args:
+        parameter: of the model.
+        entry: of the parameter as a whole; its data may be without elements.
+        pieces: of the parameter.
+
+    Returns:
+        The pieces.
+    """
+    setattr(parameter, _ENTRY, entry)
+    for piece in pieces.values():
+        setattr(piece.data, _PARAMETER, parameter)
+    return pieces
 
 
 def blocks(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Block]:
@@ -109,21 +134,31 @@ def checkpoint_entries(
     """
     found: dict[int, dict[str, dict[str, ShardedTensor]]] = {}
     for stretch in stretches:
-        pieces = list(_pieces(entries[id(stretch.parameter)], stretch))
-        for name, flat in stretch.tensors.items():
+        entry = entries[id(stretch.parameter)]
+        for name in stretch.tensors:
             kept = found.setdefault(stretch.number, {}).setdefault(name, {})
-            for position, piece in pieces:
-                data = flat.detach().narrow(0, position - stretch.start, prod(piece.local_shape))
-                kept[str(position)] = replace(
-                    piece,
-                    key=f"{PREFIX}{name}.{piece.key}",
-                    data=data.view(piece.local_shape),
-                    dtype=data.dtype,
-                )
+            kept |= stretch_pieces(entry, stretch, name, prefix=f"{PREFIX}{name}.")
     return found
 
 
-@torch.no_grad()
+def stretch_pieces(
+    entry: ShardedTensor | ShardedTensorFactory, stretch: Stretch, name: str, *, prefix: str = ""
+) -> dict[str, ShardedTensor]:
+    """Checkpoint entries of one tensor of a stretch, views of it, by position in the parameter laid out flat.
+
+    Args:
+        entry: of the parameter as a whole; its data may be without elements.
+        stretch: what this rank keeps.
+        name: of the tensor.
+        prefix: in front of the names that the parameter has in the checkpoint.
+    """
+    flat, found = stretch.tensors[name].detach(), {}
+    for position, piece in _pieces(entry, stretch):
+        data = flat.narrow(0, position - stretch.start, prod(piece.local_shape)).view(piece.local_shape)
+        found[str(position)] = replace(piece, key=f"{prefix}{piece.key}", data=data, dtype=data.dtype)
+    return found
+
+
 def take_entries(stretches: Iterable[Stretch], loaded: dict[int, dict[str, dict[str, torch.Tensor]]]) -> None:
     """Takes states over from a checkpoint.
 
@@ -132,11 +167,24 @@ def take_entries(stretches: Iterable[Stretch], loaded: dict[int, dict[str, dict[
         loaded: what ``checkpoint_entries`` returned, filled; names that are left out stay as they are.
     """
     for stretch in stretches:
-        for name, flat in stretch.tensors.items():
-            for position, values in loaded[stretch.number].get(name, {}).items():
-                offset = int(position) - stretch.start
-                if 0 <= offset < flat.numel():  # else of another stretch of the same parameter
-                    flat.detach().narrow(0, offset, values.numel()).copy_(values.reshape(-1))
+        for name in stretch.tensors:
+            take_pieces(stretch, name, loaded[stretch.number].get(name, {}))
+
+
+@torch.no_grad()
+def take_pieces(stretch: Stretch, name: str, loaded: dict[str, torch.Tensor]) -> None:
+    """Takes one tensor of a stretch over from a checkpoint.
+
+    Args:
+        stretch: what this rank keeps.
+        name: of the tensor.
+        loaded: what ``stretch_pieces`` returned, filled; pieces of other stretches are left alone.
+    """
+    flat = stretch.tensors[name].detach()
+    for position, values in loaded.items():
+        offset = int(position) - stretch.start
+        if 0 <= offset < flat.numel():
+            flat.narrow(0, offset, values.numel()).copy_(values.reshape(-1))
 
 
 def _pieces(

@@ -17,10 +17,10 @@ from megatron.core.utils import unwrap_model
 from galvatron_megatron.plan.strategy import Offload
 from galvatron_megatron.plan.zero_rules import bucket_elements, usual_bucket, vectors_stay_whole
 from galvatron_megatron.runtime.checkpoint_stretches import MAIN, STATES, Stretch
+from galvatron_megatron.runtime.checkpoint_weights import let_checkpoints_have_parts
 from galvatron_megatron.runtime.zero import ZeroPart, import_engines
 from galvatron_megatron.runtime.zero_ahead import FORWARD, GatherAhead
 from galvatron_megatron.runtime.zero_offload import host_optimizer, step_count
-from galvatron_megatron.runtime.zero_whole import let_checkpoints_see_whole_parameters
 
 
 class ZeroOptimizer(MegatronOptimizer):
@@ -230,7 +230,7 @@ def _engine(
     )
     part.ahead = _gather_ahead(chunk, model)
     part.ahead.add(engine)
-    let_checkpoints_see_whole_parameters(model)
+    let_checkpoints_have_parts(model)
     return engine
 
 

@@ -399,7 +399,7 @@ def run_case(case: dict) -> dict:
         if case.get("measure"):
             seen["live"] = measure_at_norm(model, optimizer)
         if args.save:
-            undone.append(measure_saves(seen.setdefault("saves", []), optimizer))
+            undone.append(measure_saves(seen.setdefault("saves", []), model, optimizer))
         return model, optimizer, scheduler
 
     def step(*arguments_, **options):

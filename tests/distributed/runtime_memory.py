@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.training import checkpointing
 from torch.utils._pytree import tree_leaves
 
@@ -185,12 +186,14 @@ def measure_at_norm(chunks, optimizer):
     return seen
 
 
-def measure_saves(found, optimizer):
-    """Notes, at every checkpoint, what of the optimizer states is copied and what is communicated.
+def measure_saves(found, models, optimizer):
+    """Notes, at every checkpoint, what of weights and optimizer states is copied and what is communicated.
 
     Args:
-        found: filled, by checkpoint: bytes of states, bytes of them outside the optimizer's memory, elements of
-            floating-point tensors that are handed to collectives while it is made ready.
+        found: filled, by checkpoint: bytes of states, bytes of states and weights outside the memory where
+            optimizer and model keep them, elements of floating-point tensors that are handed to collectives
+            while it is made ready.
+        models: the model chunks.
         optimizer: of the job.
 
     Returns:
@@ -222,12 +225,15 @@ def measure_saves(found, optimizer):
                 setattr(dist, name, original)
 
     def saved(state, *arguments, **options):
-        entries = [e for e in nested_values(state) if getattr(e, "key", "").startswith(PREFIX)]
-        kept = storages(own_states(optimizer))
+        kinds = (ShardedTensor, ShardedTensorFactory)
+        entries = [entry for entry in nested_values(state) if isinstance(entry, kinds)]
+        weights = [p for model in models for p in model.parameters()]
+        parts = (getattr(p, "ds_tensor", p).data for p in weights)
+        kept = storages((*own_states(optimizer), *(p.data for p in weights), *parts))
         written = storages(entry.data for entry in entries)
         found.append(
             {
-                "bytes": sum(entry.data.nbytes for entry in entries),
+                "bytes": sum(entry.data.nbytes for entry in entries if entry.key.startswith(PREFIX)),
                 "copied": sum(size for at, size in written.items() if at not in kept),
                 "communicated": sum(sent),
             }

@@ -98,7 +98,7 @@ def test_goes_on_under_another_plan(ranks, saved, before, after):
 
 
 @pytest.mark.parametrize("name", ["uniform", "split", "gradients"])
-def test_sharded_states_are_saved_where_they_lie(saved, name):
+def test_what_is_sharded_is_saved_where_it_lies(saved, name):
     """Not copied, not sent: by Megatron's own code under a plan, where layers differ, and by ZeRO 2 and 3."""
     saved(name)
     for (save,) in saved.saves[name, "modern"]:
