@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 
+from galvatron_megatron.commands.device_memory import usable_memory_bytes
 from galvatron_megatron.commands.job_line import JobLine
 from galvatron_megatron.commands.job_switches import options_of
 from galvatron_megatron.cost.analytic import AnalyticCostModel
@@ -157,7 +158,8 @@ def measured_prices(
     """Prices of the ranks that a profile was measured on.
 
     Args:
-        arguments: with ``profile``, ``profile_dir``, ``nodes``, ``model`` and, of a search, ``offload``.
+        arguments: with ``profile``, ``profile_dir``, ``memory_gb``, ``nodes``, ``model`` and, of a search,
+            ``offload``.
         model: what to train.
         decided: see ``prices_of``.
         job: a Megatron command line, where one was given.
@@ -183,6 +185,9 @@ def measured_prices(
             f"{place.nodes}, or --cluster FILE for machines that were not measured"
         )
     cluster = cluster_from_ranks(profile)
+    if arguments.memory_gb is not None:
+        usable_memory_bytes(cluster, arguments.memory_gb)
+        cluster = cluster_from_ranks(profile, memory_gb=arguments.memory_gb)
     options = options_of(arguments, found, profile) if job is None else job.options
     if job is None:
         check_measured_optimizer(options)
@@ -210,7 +215,7 @@ def measured_prices(
 
 
 def _how_to_measure(arguments: argparse.Namespace, job: JobLine | None) -> str:
-    what = f"--model {arguments.model}" if job is None else f"-- {job.words[0]} ARGS"
+    what = f"--model {arguments.model}" if job is None else "-- ARGS (without the script)"
     return f"galvatron profile {what}"
 
 

@@ -152,7 +152,10 @@ def test_overlap_flags_reach_the_model(tmp_path: Path, capsys: pytest.CaptureFix
         (["--cluster", str(CLUSTER)], "nothing to estimate"),
         (["PLAN", *FILES, "--traced"], "--traced: needs a Megatron command line"),
         (["none.yaml", *FILES], "none.yaml"),
-        (["PLAN", "--model", str(MODEL), "--cluster", str(CLUSTER)], "a cluster of 2 nodes (--nodes beside --cluster)"),
+        (
+            ["PLAN", "--model", str(MODEL), "--cluster", str(CLUSTER)],
+            "a cluster of 2 nodes (--nodes beside",
+        ),
         (["PLAN", "--model", str(CONFIGS / "models" / "llama2-13b.yaml"), *FILES[2:]], "layers"),
         (["--cluster", str(CLUSTER), "--", *f"{LINE} --tensor-model-parallel-size 3".split()], "tp 3"),
         (["PLAN", *FILES, "--trace", "/none/trace.json"], "--trace /none/trace.json: directory /none does not"),

@@ -72,6 +72,7 @@ def test_a_stored_profile_prices_the_search_of_its_model_without_being_asked(
         f"measured: profile {NAME}: 1 x 4 ranks on a processor (gloo), measured "
     )
     assert "every part of this plan's predicted time is measured" in found["prices"]
+    assert found["simulated"]
     # The question and the prices of --galvatron-auto.
     cluster = cluster_from_ranks(PROFILE)
     request = SearchRequest(
