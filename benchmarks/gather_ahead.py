@@ -1,9 +1,10 @@
-"""Step time under ZeRO 3 with the next layer's parameters gathered ahead, against gathering at use.
+"""Step time under ZeRO 3 with the next layer's parameters gathered ahead, and with small vectors left whole.
 
-One small model is trained by Megatron's training step on the ranks of this machine; steps with and without
-gathering ahead take turns inside one job. With ``--link`` the machine plays two nodes joined by a link of that
-rate, half the ranks in each (needs root). Prints, for the time that passes and for the time that rank 0
-computes, the medians and the median ratio of turns.
+One small model is trained by Megatron's training step on the ranks of this machine; steps that gather every
+parameter at use, that gather ahead, and that leave norms whole as well take turns inside one job. The last
+then gather norms once more than in a job that always leaves them whole. With ``--link`` the machine plays two
+nodes joined by a link of that rate, half the ranks in each (needs root). Prints, for the time that passes and
+for the time that rank 0 computes, the medians and the median ratio of turns.
 
     python benchmarks/gather_ahead.py [--ranks 2] [--steps 60] [--link 1gbit]
 """
@@ -37,7 +38,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """One rank: builds the model and steps it in turn with and without gathering ahead."""
+    """One rank: builds the model and steps it in turn in all three ways."""
     values = replicated_values(
         options,
         sequence=SEQUENCE,
@@ -56,16 +57,21 @@ def measure(options: argparse.Namespace) -> None:
     attach.install(uniform_plan(strategy, args), args)
     arm = MegatronArm(args)
     batches = Batches(args, options.ranks, dist.get_rank())
-    (ahead,) = {part.ahead for chunk in arm.model for part in chunk.parts.values()}
+    parts = [part for chunk in arm.model for part in chunk.parts.values()]
+    (ahead,) = {part.ahead for part in parts}
+    vectors = {engine: engine.whole for part in parts for engine in part.engines}
 
-    def step(number: int, *, enabled: bool) -> float:
+    def step(number: int, *, enabled: bool, whole: bool) -> float:
         ahead.enabled = enabled
+        for engine, small in vectors.items():
+            engine.leave_whole(small if whole else ())
         return arm.step(batches, number)
 
     measure_in_turn(
         {
-            "at use": lambda number: step(number, enabled=False),
-            "ahead": lambda number: step(number, enabled=True),
+            "at use": lambda number: step(number, enabled=False, whole=False),
+            "ahead": lambda number: step(number, enabled=True, whole=False),
+            "whole": lambda number: step(number, enabled=True, whole=True),
         },
         options,
     )

@@ -8,7 +8,7 @@ from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.overlap import added_seconds
 from galvatron_megatron.cost.sharding import BACKWARD, FORWARD, sharding_collectives
 from galvatron_megatron.plan.strategy import Offload, Strategy
-from galvatron_megatron.plan.zero_rules import bucket_elements
+from galvatron_megatron.plan.zero_rules import bucket_elements, reduction_buffers
 
 GATHER, REDUCE = "gather", "reduce"
 """What a collective is for."""
@@ -114,7 +114,8 @@ def transient_bytes(
     """Bytes that ZeRO 2 and 3 need beside a layer's states while it runs.
 
     Stage 3 has the layer's weights whole, and those of the module it goes on with. Stages 2 and 3 reduce in a
-    bucket, in the width of the weights, of which they make a copy in the width that is reduced in.
+    bucket (or two, see ``reduction_buffers``), in the width of the weights, of which they make a copy in the
+    width that is reduced in.
 
     Args:
         shares: parameters of the rank by who replicates them.
@@ -136,6 +137,7 @@ def transient_bytes(
             )
             for share in shares
         )
-        width = element.weight + (element.gradient if element.gradient != element.weight else 0)
+        buffers = reduction_buffers(strategy.zero, options.overlap_gradients)
+        width = buffers * element.weight + (element.gradient if element.gradient != element.weight else 0)
         found += bucket * width
     return found

@@ -37,6 +37,18 @@ def bucket_elements(parameters: int, largest: int, replicas: int, wanted: int | 
     return max(_SMALLEST, min(parameters, max(wanted or usual_bucket(replicas), largest)))
 
 
+def reduction_buffers(zero: int, overlaps: bool) -> int:
+    """Buckets that an engine holds while gradients are reduced.
+
+    While one is reduced beside the backward pass, ZeRO 2 fills another; ZeRO 3 fills the same on its stream.
+
+    Args:
+        zero: stage.
+        overlaps: reduction overlaps the backward pass (``--overlap-grad-reduce``).
+    """
+    return 2 if zero == 2 and overlaps else 1
+
+
 def vectors_stay_whole(vectors: int, parameters: int, replicas: int, offload: Offload = Offload.NONE) -> bool:
     """Whether ZeRO 3 leaves the small vectors of a layer whole on every rank, gathered once behind the step.
 

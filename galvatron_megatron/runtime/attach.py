@@ -42,7 +42,7 @@ from galvatron_megatron.runtime.norms import allow_sequence_parallel
 from galvatron_megatron.runtime.optimizer import PlannedOptimizer, build_optimizer
 from galvatron_megatron.runtime.saved_streams import SavedStreams
 from galvatron_megatron.runtime.support import check_stage, check_supported
-from galvatron_megatron.runtime.zero import is_left_to_megatron, uses_deepspeed
+from galvatron_megatron.runtime.zero import ZeroPart, is_left_to_megatron, uses_deepspeed
 
 HOOKED: tuple[tuple[Any, str], ...] = (
     (GPTModel, "__init__"),
@@ -224,9 +224,12 @@ def _let_go(model: PlannedDataParallel) -> None:
 
     Megatron's training loop hangs the optimizer onto the model's config. The distributed optimizer's shards of
     fp32 parameters are views, which hold nodes of autograd whose hooks hold the model: a circle that leaves
-    Python, which no garbage collection finds.
+    Python, which no garbage collection finds. So do ZeRO's engines.
     """
     model.config.grad_scale_func = None
+    for part in model.parts.values():
+        if isinstance(part, ZeroPart):
+            part.let_go()
 
 
 def _adopt_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:

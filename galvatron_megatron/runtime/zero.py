@@ -226,6 +226,13 @@ class ZeroPart:
         for engine in self.engines:
             engine.forget_gradients()
 
+    def let_go(self) -> None:
+        """Takes the engines off the parameters for good, whose hooks hold them beyond any collector's reach."""
+        for engine in self.engines:
+            engine.destroy()
+        self.engines.clear()
+        self.ahead = None
+
     def broadcast_params(self) -> None:
         """Gives every rank the first rank's parameters."""
         source = dist.get_global_rank(self.dp_cp_group, 0)

@@ -21,6 +21,7 @@ from deepspeed.runtime.zero.offload_config import (
     DeepSpeedZeroOffloadParamConfig,
     OffloadDeviceEnum,
 )
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import logger as deepspeed_logger
@@ -61,6 +62,8 @@ class EngineOptions:
     """In which they are reduced."""
     bucket_elements: int
     """Elements that are reduced, or gathered, at once."""
+    overlaps: bool = False
+    """ZeRO 2 and 3 reduce on a stream of their own beside the backward pass, where the device has streams."""
     offload: Offload = Offload.NONE
     """What lies in host memory: the host then steps; gradients stay on the device until it does."""
     pinned: bool = False
@@ -145,6 +148,8 @@ class ShardedStatesEngine(_Common, DeepSpeedZeroOptimizer):
             gradient_accumulation_dtype=options.gradient_dtype,
             communication_data_type=options.communication_dtype,
             reduce_bucket_size=options.bucket_elements,
+            # Stage 1 reduces behind the last backward pass, and is not told beforehand which one that is.
+            overlap_comm=options.overlaps and stage == 2,
             allgather_bucket_size=options.bucket_elements // _EVEN_BUCKET * _EVEN_BUCKET or _EVEN_BUCKET,
         )
         self.offloads = options.offload is not Offload.NONE
@@ -198,7 +203,7 @@ class ShardedStatesEngine(_Common, DeepSpeedZeroOptimizer):
         return self.averaged_gradients[partition].flat_partition
 
     def end_backward(self) -> None:
-        """The backward pass is over: stage 2 reduces what it has not reduced yet."""
+        """The backward pass is over: stage 2 reduces what it has not reduced yet, and waits for all of it."""
         self.backward_epilogue()
         if self.partition_gradients:
             self.overlapping_partition_gradients_reduce_epilogue()
@@ -263,6 +268,7 @@ class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
                 gradient_accumulation_dtype=options.gradient_dtype,
                 communication_data_type=options.communication_dtype,
                 reduce_bucket_size=options.bucket_elements,
+                overlap_comm=options.overlaps,
                 param_persistence_threshold=0,  # in vain without DeepSpeed's trace, see ``_keep_whole``
                 prefetch_bucket_size=0,
                 max_live_parameters=0,
@@ -270,8 +276,8 @@ class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
             )
         for module, parameter in borrowers:
             deepspeed.zero.register_external_parameter(module, parameter)
-        self.whole = list(whole)
-        self._keep_whole()
+        self.whole: list[torch.nn.Parameter] = []
+        self.leave_whole(whole)
         self.offloads = options.offload is not Offload.NONE
         if self.offloads:
             self._accumulate_on_device()
@@ -281,6 +287,17 @@ class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
             ):
                 _share_storage(weights, main)
         self.pieces = tuple(self._find_pieces())
+
+    def leave_whole(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Says which parameters stay whole from their next use on, and behind every step.
+
+        Args:
+            parameters: of the engine; all others are sharded again when the module that uses them is through.
+        """
+        for parameter in self.whole:
+            parameter.ds_active_sub_modules.discard(STAYS_WHOLE)
+        self.whole = list(parameters)
+        self._keep_whole()
 
     def _keep_whole(self) -> None:
         """Keeps small parameters from being let go when a module has used them, until the next step.
@@ -359,7 +376,7 @@ class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
         )
 
     def end_backward(self) -> None:
-        """The backward pass is over: reduces what is not reduced yet and lets parameters go."""
+        """The backward pass is over: reduces what is not yet, waits for all of it and lets parameters go."""
         self.independent_gradient_partition_epilogue()
         self.backward_epilogue()
         self.exit_backward()
@@ -372,6 +389,12 @@ class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
         """Before the first micro-batch of a step."""
         self.zero_grad()
         self.grad_partitions_flat_buffer.zero_()
+
+    def destroy(self) -> None:
+        """Takes the engine off its modules; DeepSpeed has put them on a stack and never takes them off."""
+        modules = self.parameter_offload.module
+        super().destroy()
+        FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not modules]
 
 
 def _share_storage(weights: torch.Tensor, main: torch.Tensor) -> None:

@@ -14,6 +14,7 @@ from galvatron_megatron.cost.records.values import gpt_layer
 from galvatron_megatron.cost.sharding import gathered_modules, sharding_collectives
 from galvatron_megatron.describe.model import Model
 from galvatron_megatron.plan.strategy import Recompute, Strategy
+from galvatron_megatron.plan.zero_rules import bucket_elements, reduction_buffers
 
 pytestmark = pytest.mark.distributed
 
@@ -33,9 +34,10 @@ CASES = [
     for zero in (1, 2, 3)
     for precision in ("fp32", "bf16")
     for recompute in (Recompute.NONE, Recompute.FULL)
-    for ahead, keeps in (((False, False), (True, False), (False, True)) if zero == 3 else ((False, False),))
+    for ahead, keeps in ((False, False), (True, False), (False, True))[: zero if zero > 1 else 1]
 ]
-"""ZeRO stage, precision, recomputation, parameters are gathered ahead, norms stay whole."""
+"""ZeRO stage, precision, recomputation, communication overlaps (parameters are gathered ahead, gradients are
+reduced beside the backward pass), small vectors stay whole."""
 
 
 def count_collectives(rank, world_size, cases, micro_batches):
@@ -43,6 +45,8 @@ def count_collectives(rank, world_size, cases, micro_batches):
 
     Then what stage 3 gathers in the last micro-batch: how many gathers start while only the last layer of the
     forward, and of the backward pass remains, and the most elements that are whole, or on their way, at a time.
+    Then how many reductions of that micro-batch start before the last layer of its backward pass, and the bytes
+    of the buckets in which gradients are reduced.
     """
     import os
 
@@ -63,7 +67,8 @@ def count_collectives(rank, world_size, cases, micro_batches):
     tensor_parallel.model_parallel_cuda_manual_seed(3)
     zero_engines.connect()
     sent, when = {}, ["build"]
-    passed, late, most_whole, parameters = [0], Counter(), [0], []
+    passed, late, early, most_whole, parameters = [0], Counter(), Counter(), [0], []
+    engine, buckets = None, []
     backend = deepspeed_comm.comm.cdb
 
     def recording(kind, call):
@@ -73,7 +78,11 @@ def count_collectives(rank, world_size, cases, micro_batches):
             entry[0] += 1
             # Of a gather the output, of a reduction the input: the larger one.
             entry[1] += max(tensor.numel() * tensor.element_size() for tensor in tensors)
-            if kind == "all_gather":
+            if kind != "all_gather":
+                if when[0] == "backward":
+                    buckets[:] = bucket_bytes(engine)
+                early[when[0]] += passed[0] < LAYERS - 1
+            else:
                 late[when[0]] += passed[0] == LAYERS - 1
                 whole = [
                     p for p in parameters if hasattr(p, "ds_status") and p.ds_status.name != "NOT_AVAILABLE"
@@ -99,6 +108,7 @@ def count_collectives(rank, world_size, cases, micro_batches):
         engine.forget_gradients()
         for _ in range(micro_batches):
             late.clear()
+            early.clear()
             when[0], passed[0] = "forward", 0
             ahead.begin("forward")
             hidden = torch.randn(LENGTH, SAMPLES, HIDDEN, dtype=dtype, requires_grad=True)
@@ -123,6 +133,11 @@ def count_collectives(rank, world_size, cases, micro_batches):
         engine.finish_accumulation()
         when[0] = "update"
         engine.apply()
+
+    def bucket_bytes(engine):
+        found = [bucket.buffer for bucket in engine.ipg_buckets.values()]
+        buffers = [each for buffer in found for each in (buffer if isinstance(buffer, list) else [buffer])]
+        return [buffer.numel() * buffer.element_size() for buffer in buffers]
 
     answers = []
     try:
@@ -150,6 +165,7 @@ def count_collectives(rank, world_size, cases, micro_batches):
                 communication_dtype=torch.float32,
                 # A layer fills a bucket.
                 bucket_elements=size,
+                overlaps=looks_ahead,
             )
             found = [_vectors(module) for layer in layers for module in layer.modules()]
             vectors = [parameter for of_module in found for parameter in of_module]
@@ -163,7 +179,7 @@ def count_collectives(rank, world_size, cases, micro_batches):
                 )
             )
             ahead = GatherAhead(layers)
-            if looks_ahead:
+            if looks_ahead and zero == 3:
                 ahead.add(engine)
             most_whole[0] = 0
             mask = torch.tril(torch.ones((1, 1, LENGTH, LENGTH))) < 0.5
@@ -171,9 +187,9 @@ def count_collectives(rank, world_size, cases, micro_batches):
             for _ in range(2 if keeps else 1):
                 sent.clear()
                 step(engine, ahead, layers, mask, dtype, recompute)
-            answers.append(
-                (size, {key: tuple(value) for key, value in sent.items()}, dict(late), most_whole[0])
-            )
+            gathers = {"late": dict(late), "most_whole": most_whole[0]}
+            reductions = {"early": early["backward"], "bucket_bytes": list(buckets)}
+            answers.append((size, {key: tuple(value) for key, value in sent.items()}, gathers, reductions))
     finally:
         for name, call in plain.items():
             setattr(backend, name, call)
@@ -215,16 +231,34 @@ def test_what_is_sent_is_what_is_priced(ranks, micro_batches):
 def test_the_next_layer_is_on_its_way_before_this_one_is_through(ranks):
     for answers in ranks(2).run(count_collectives, CASES, 3):
         seen = dict(zip(CASES, answers, strict=True))
-        for zero, precision, recompute, ahead, _ in CASES:
-            if not ahead:
+        for zero, precision, recompute, overlaps, _ in CASES:
+            if not overlaps:
                 continue
-            where = f"{precision} recompute {recompute.value}"
-            parameters, sent, late, whole = seen[zero, precision, recompute, True, False]
-            _, sent_without, late_without, whole_without = seen[zero, precision, recompute, False, False]
+            where = f"zero {zero} {precision} recompute {recompute.value}"
+            parameters, sent, gathers, reductions = seen[zero, precision, recompute, True, False]
+            _, sent_without, gathers_without, _ = seen[zero, precision, recompute, False, False]
             assert sent == sent_without, where
+            # Of all layers but the one that is reduced when the pass is over, while those in front compute.
+            assert reductions["early"] >= LAYERS - 2 > 0, where
+            if zero < 3:
+                continue
+            late, late_without = gathers["late"], gathers_without["late"]
             assert late["forward"] == 0 < late_without["forward"], where
             assert late["backward"] < late_without["backward"], where
             if recompute is Recompute.NONE:  # else a module is gathered for computing again, and once more
                 assert late["backward"] == 0, where
             # The price counts this layer and the next; biases that stay until the step are of no size.
-            assert whole_without < whole <= 2 * parameters + LAYERS * BIASES, where
+            most = gathers["most_whole"]
+            assert gathers_without["most_whole"] < most <= 2 * parameters + LAYERS * BIASES, where
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_buckets_are_as_large_as_the_rule_says(ranks, overlaps):
+    wanted = [case for case in CASES if case[0] > 1 and case[2:] == (Recompute.NONE, overlaps, False)]
+    answers = ranks(2).run(count_collectives, wanted, 1)[0]
+    for (zero, precision, *_), (parameters, _, _, reductions) in zip(wanted, answers, strict=True):
+        element = parameter_bytes(precision, OPTIONS)
+        # Stage 2 collects gradients as they come, stage 3 in the width in which they are reduced.
+        width = element.weight if zero == 2 else element.gradient
+        bucket = bucket_elements(LAYERS * parameters, parameters, 2, wanted=parameters)
+        assert reductions["bucket_bytes"] == [bucket * width] * reduction_buffers(zero, overlaps), zero
