@@ -276,6 +276,7 @@ class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
             )
         for module, parameter in borrowers:
             deepspeed.zero.register_external_parameter(module, parameter)
+        self._overlaps = options.overlaps
         self.whole: list[torch.nn.Parameter] = []
         self.leave_whole(whole)
         self.offloads = options.offload is not Offload.NONE
@@ -311,6 +312,9 @@ class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
     def apply(self) -> None:
         """Steps with the gradients as they are; what stays whole is gathered behind it, all at once."""
         super().apply()
+        if self._overlaps:
+            # The stream on which parameters are gathered then does not wait for the one that has stepped.
+            deepspeed.accelerator.get_accelerator().synchronize()
         if self.whole:
             self.whole[0].all_gather_coalesced(self.whole).wait()
             self._keep_whole()
