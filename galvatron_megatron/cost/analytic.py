@@ -1,5 +1,6 @@
 """The analytic cost model: prices layers from counts, a device's constants and the links of a cluster."""
 
+from dataclasses import replace
 from functools import cached_property, lru_cache
 
 from galvatron_megatron.cost.communication import collective_seconds
@@ -29,6 +30,10 @@ from galvatron_megatron.cost.phase_work import PhaseWork, exchanges, phase_work
 from galvatron_megatron.cost.protocol import LayerCost, Setting
 from galvatron_megatron.cost.resharding import reshard_transfer
 from galvatron_megatron.cost.sharded_states import (
+    EMBEDDING_AT_USE,
+    HEAD_AT_USE,
+    AtUse,
+    layer_at_use,
     micro_batch_seconds,
     sent_seconds,
     transient_bytes,
@@ -39,7 +44,7 @@ from galvatron_megatron.cost.terms import PricedLayer, Term
 from galvatron_megatron.describe.cluster import MICROSECOND, Cluster
 from galvatron_megatron.describe.model import Layer, Model
 from galvatron_megatron.describe.profile import EMBEDDING, HEAD
-from galvatron_megatron.plan.strategy import SequenceParallel, Strategy
+from galvatron_megatron.plan.strategy import Offload, SequenceParallel, Strategy
 
 
 class AnalyticCostModel:
@@ -142,7 +147,9 @@ class AnalyticCostModel:
 
     def priced_layer(self, layer: int, strategy: Strategy, setting: Setting) -> PricedLayer:
         """Prices a layer term by term."""
-        return self._priced(self.model.layers[layer], strategy, setting.micro_batch_samples)
+        # With how many others a layer shares a stage counts only where its parameters are gathered.
+        pp = setting.pp if strategy.zero == 3 else 1
+        return self._priced(self.model.layers[layer], strategy, setting.micro_batch_samples, pp)
 
     def priced_embedding(self, setting: Setting) -> PricedLayer:
         """Prices the embedding term by term."""
@@ -235,14 +242,27 @@ class AnalyticCostModel:
     def _element(self):
         return parameter_bytes(self.model.precision, self.options)
 
-    def _price_layer(self, layer: Layer, strategy: Strategy, samples: int) -> PricedLayer:
+    def _price_layer(self, layer: Layer, strategy: Strategy, samples: int, pp: int) -> PricedLayer:
         counts = self._counts.layer(layer, strategy, samples // strategy.dp)
         whole = self.whole_parameters(layer, counts.parameters, strategy)
-        return self._price(counts, strategy, whole=whole)
+        modules = self._gathered(counts, strategy, norms=not whole)
+        at_use = layer_at_use(strategy, len(self.model.layers), pp, modules)
+        return self._price(counts, strategy, modules, at_use, whole=whole)
 
     def _price_embedding(self, setting: Setting) -> PricedLayer:
         counts = self._counts.embedding(setting.base, setting.micro_batch_size)
-        return self._price(counts, setting.base)
+        modules = self._gathered(counts, setting.base)
+        return self._price(counts, setting.base, modules, EMBEDDING_AT_USE, before=self._beside_end(setting, 0))
+
+    def _beside_end(self, setting: Setting, layer: int) -> dict[str, float] | None:
+        """Seconds of the passes of the layer beside embedding or head, where those gather."""
+        if setting.base.zero < 3:
+            return None
+        found = self.priced_layer(layer, replace(setting.base, zero=0, offload=Offload.NONE), setting)
+        return {"forward": found.forward_seconds, "backward": found.backward_seconds}
+
+    def _gathered(self, counts: LayerCounts, strategy: Strategy, *, norms: bool = True) -> int:
+        return gathered_modules(counts, self.options, norms=norms) if strategy.zero == 3 else 1
 
     def _price_head(self, setting: Setting) -> PricedLayer:
         counts = self._counts.head(setting.base, setting.micro_batch_size)
@@ -250,6 +270,9 @@ class AnalyticCostModel:
         return self._price(
             counts,
             setting.base,
+            self._gathered(counts, setting.base),
+            HEAD_AT_USE,
+            before=self._beside_end(setting, len(self.model.layers) - 1),
             shared_weight=counts.parameters_sharded if tied and setting.pp == 1 else 0,
             copied_weight=counts.parameters_sharded if tied and setting.pp > 1 else 0,
             copy_stride=setting.base.ranks * (setting.pp - 1),
@@ -259,7 +282,10 @@ class AnalyticCostModel:
         self,
         counts: LayerCounts,
         strategy: Strategy,
+        modules: int,
+        at_use: AtUse,
         *,
+        before: dict[str, float] | None = None,
         shared_weight: int = 0,
         copied_weight: int = 0,
         copy_stride: int = 1,
@@ -270,6 +296,9 @@ class AnalyticCostModel:
         Args:
             counts: of one micro-batch on one rank.
             strategy: how the layer runs.
+            modules: that gather parameters under ZeRO 3.
+            at_use: which of these are not gathered ahead.
+            before: seconds of the passes of what computes while the others are; its own where not given.
             shared_weight: parameters that are the embedding's own (tied, same rank): no state of their own.
             copied_weight: parameters kept equal with the first stage's by one more all-reduce.
             copy_stride: distance between the first and the last stage's ranks.
@@ -281,7 +310,6 @@ class AnalyticCostModel:
         shares = parameter_shares(parameters, counts.parameters_expert, strategy, instances)
         element = self._element
         traffic = host_traffic(shares, strategy, element)
-        modules = gathered_modules(counts, self.options, norms=not whole) if strategy.zero == 3 else 1
         sent = sent_seconds(
             shares,
             strategy,
@@ -305,7 +333,10 @@ class AnalyticCostModel:
             waiting = max(0.0, issued - busy - communication)
             correction = (factor - 1) * (busy + communication + waiting)
             total = busy + communication + waiting + correction
-            sharded = micro_batch_seconds(name, total, sent, self.options, constants.overlap_slowdown)
+            computing = total if before is None else before[name]
+            sharded = micro_batch_seconds(
+                name, computing, sent, self.options, constants.overlap_slowdown, at_use
+            )
             terms += [
                 Term(name=f"{name} GEMM", value=work.gemm, source=counts.source),
                 Term(name=f"{name} attention", value=work.attention, source=counts.source),

@@ -11,7 +11,13 @@ from galvatron_megatron.cost.offload import kept_on_device
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.protocol import LayerCost, Setting
 from galvatron_megatron.cost.resharding import Layout, reshard_transfer
-from galvatron_megatron.cost.sharded_states import Sent
+from galvatron_megatron.cost.sharded_states import (
+    EMBEDDING_AT_USE,
+    HEAD_AT_USE,
+    AtUse,
+    Sent,
+    layer_at_use,
+)
 from galvatron_megatron.cost.sharding import BACKWARD, FORWARD
 from galvatron_megatron.cost.terms import PricedLayer, Term
 from galvatron_megatron.describe.cluster import Cluster
@@ -257,7 +263,8 @@ class MeasuredCostModel:
             for term in self._sync(found, strategy, together, sent)
         ]
         each = {key: seconds / together for key, seconds in sent.items()}
-        return self._priced("layer", found, strategy, found.parameters, each, sync, share, whole=whole)
+        at_use = layer_at_use(strategy, len(self._digests), pp, modules)
+        return self._priced("layer", found, strategy, found.parameters, each, sync, share, at_use, whole=whole)
 
     def _price_end(self, part: str, base: Strategy, samples: int, pp: int, share: float) -> PricedLayer:
         found = self._find(part, base, Recompute.NONE, samples)
@@ -284,7 +291,10 @@ class MeasuredCostModel:
             stride = base.ranks * (pp - 1)
             seconds = self._curves.seconds("all_reduce", size, 2, stride)
             sync.append(Term(name="tied embedding gradient", value=seconds, source="measured"))
-        return self._priced(part, found, base, parameters, sent, sync, share, borrowed=borrowed)
+        at_use = EMBEDDING_AT_USE if part == EMBEDDING else HEAD_AT_USE
+        return self._priced(
+            part, found, base, parameters, sent, sync, share, at_use, beside=beside, borrowed=borrowed
+        )
 
     def _priced(
         self,
@@ -295,14 +305,20 @@ class MeasuredCostModel:
         sent: Sent,
         sync: list[Term],
         share: float,
+        at_use: AtUse,
         *,
+        beside: PartCost | None = None,
         borrowed: int = 0,
         whole: int = 0,
     ) -> PricedLayer:
         computing = (found.forward_seconds, found.backward_seconds)
+        # What computes while this part's parameters are gathered.
+        before = beside or found
         sharding = [
             Term(name=term.name, value=term.value * share, source=term.source)
-            for term in self._states.micro_batch_terms(sent, *computing)
+            for term in self._states.micro_batch_terms(
+                sent, before.forward_seconds, before.backward_seconds, at_use
+            )
         ]
         terms = [
             Term(name=f"{what} {phase}", value=seconds * share, source=found.source)

@@ -8,6 +8,7 @@ from galvatron_megatron.cost.overlap import exposed_seconds
 from galvatron_megatron.cost.sharded_states import (
     GATHER,
     REDUCE,
+    AtUse,
     Sent,
     is_sent_every_micro_batch,
     micro_batch_seconds,
@@ -180,20 +181,22 @@ class StatePrices:
             Term(name=new.name, value=max(0.0, new.value - old.value), source=new.source) for old, new in steps
         ]
 
-    def micro_batch_terms(self, sent: Sent, forward_seconds: float, backward_seconds: float) -> list[Term]:
+    def micro_batch_terms(
+        self, sent: Sent, forward_seconds: float, backward_seconds: float, at_use: AtUse
+    ) -> list[Term]:
         """What stages 2 and 3 add to the forward and to the backward pass of every micro-batch, in this order.
 
         Args:
             sent: of the parameters.
-            forward_seconds: of computation, behind which the job may gather.
-            backward_seconds: of computation, behind which it may gather and reduce.
+            forward_seconds: of computation, beside which parameters are gathered.
+            backward_seconds: of computation, beside which they are, and beside which the job may reduce.
+            at_use: what is not gathered ahead.
         """
-        overlaps = self._options.overlap_parameters or self._options.overlap_gradients
         return [
             Term(
                 name=f"{phase} sharded parameters",
-                value=micro_batch_seconds(phase, computing, sent, self._options, self._slowdown),
-                source="modelled" if overlaps else "measured",
+                value=micro_batch_seconds(phase, computing, sent, self._options, self._slowdown, at_use),
+                source="modelled" if self._options.overlap_gradients or (phase, GATHER) in sent else "measured",
             )
             for phase, computing in ((FORWARD, forward_seconds), (BACKWARD, backward_seconds))
         ]

@@ -1,13 +1,14 @@
 """Seconds and bytes that sharding a layer's states takes, whoever says how long a collective takes."""
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from galvatron_megatron.cost.memory import ElementBytes, Share
 from galvatron_megatron.cost.options import RunOptions
-from galvatron_megatron.cost.overlap import added_seconds
+from galvatron_megatron.cost.overlap import exposed_seconds
 from galvatron_megatron.cost.sharding import BACKWARD, FORWARD, sharding_collectives
-from galvatron_megatron.plan.strategy import Offload, Strategy
+from galvatron_megatron.plan.strategy import Offload, Recompute, Strategy
 from galvatron_megatron.plan.zero_rules import bucket_elements, reduction_buffers
 
 GATHER, REDUCE = "gather", "reduce"
@@ -15,6 +16,44 @@ GATHER, REDUCE = "gather", "reduce"
 
 Sent = Mapping[tuple[str, str], float]
 """Seconds by when collectives are sent and what they are for: (``FORWARD``, ``GATHER``) -> seconds."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class AtUse:
+    """Which part of what stage 3 gathers in a pass computation waits for; the rest is gathered ahead of it.
+
+    The runtime gathers a part of the model while the part in front of it computes, see ``runtime/zero_ahead``:
+    nothing computes in front of the first part of a model chunk.
+    """
+
+    forward: float
+    """Share of the gathered bytes, from 0 to 1."""
+    backward: float
+
+
+EMBEDDING_AT_USE = AtUse(forward=1.0, backward=0.0)
+"""The embedding comes first, and last in backward passes: it is gathered while the layer behind it computes."""
+HEAD_AT_USE = AtUse(forward=0.0, backward=1.0)
+
+
+def layer_at_use(strategy: Strategy, layers: int, pp: int, modules: int) -> AtUse:
+    """What the layers of a stage gather at use, on average over them, since no layer knows its place.
+
+    The first of a stage's n layers has nothing in front of it that computes for long: 1 / n. In backward
+    passes neither has the last one, except on the last of P stages, where the head computes: (P - 1) / P n.
+    Where a layer is computed again as a whole, its m modules are gathered twice in the backward pass; the last
+    one is let go and at once gathered again, at use: another 1 / 2m.
+
+    Args:
+        strategy: of the layers.
+        layers: of the model.
+        pp: stages.
+        modules: of a layer that gather.
+    """
+    first = 1 / max(1, layers // pp)
+    again = 1 / (2 * modules) if strategy.recompute is Recompute.FULL else 0.0
+    backward = first * (pp - 1) / pp
+    return AtUse(forward=first, backward=backward + (1 - backward) * again)
 
 
 class CollectiveTime(Protocol):
@@ -79,21 +118,33 @@ def sent_seconds(
 
 
 def micro_batch_seconds(
-    phase: str, computing_seconds: float, sent: Sent, options: RunOptions, slowdown: float
+    phase: str, computing_seconds: float, sent: Sent, options: RunOptions, slowdown: float, at_use: AtUse
 ) -> float:
-    """What ZeRO 2 and 3 add to a phase of every micro-batch; overlapped where the job overlaps them.
+    """What ZeRO 2 and 3 add to a phase of every micro-batch.
+
+    Gathers G start while the part in front computes; in a row of equal layers that is as long as this one's
+    own computation C. A share u is gathered at use. Reductions R run beside computation where the job overlaps
+    them, on the same links as gathers; else behind it::
+
+        u G + (1 - u) E(G + R) + u E(R)        overlapped, E(T) = exposed_seconds(T, C, slowdown)
+        u G + (1 - u) E(G) + R                 not
 
     Args:
         phase: ``FORWARD`` or ``BACKWARD``.
-        computing_seconds: the phase without them.
+        computing_seconds: of the part in front, without collectives of ZeRO.
         sent: seconds of collectives.
         options: switches of the job.
         slowdown: of computation and communication while both run.
+        at_use: what is not gathered ahead.
     """
     gather, reduce = sent.get((phase, GATHER), 0.0), sent.get((phase, REDUCE), 0.0)
-    return added_seconds(
-        gather, computing_seconds, slowdown, overlaps=options.overlap_parameters
-    ) + added_seconds(reduce, computing_seconds, slowdown, overlaps=options.overlap_gradients)
+    beside, behind = (reduce, 0.0) if options.overlap_gradients else (0.0, reduce)
+    share = at_use.forward if phase == FORWARD else at_use.backward
+
+    def exposed(communication: float) -> float:
+        return exposed_seconds(communication, computing_seconds, slowdown)
+
+    return behind + share * (gather + exposed(beside)) + (1 - share) * exposed(gather + beside)
 
 
 def is_sent_every_micro_batch(when: str) -> bool:
