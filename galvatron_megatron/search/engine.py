@@ -9,6 +9,7 @@ from itertools import count
 import numpy as np
 
 from galvatron_megatron.cost.protocol import CostModel
+from galvatron_megatron.errors import SearchError
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.search.branch import Branch
 from galvatron_megatron.search.checked_costs import CheckedCosts
@@ -254,6 +255,8 @@ class _Run:
             SearchError: nothing fits; names the plan that comes nearest.
         """
         if self.best is None:
+            if not self.request.names_nearest:
+                raise SearchError("search: nothing fits")
             raise nothing_fits(self.request, self.branches, self.cost_model)
         value, plan = self.best
         layerwise = (plan, value * plan.global_batch_size)

@@ -2,7 +2,8 @@
 
 The search holds plans to the memory of devices. What all ranks of a node keep together couples stages that it
 solves one by one. But whatever the plan, a layer's states are shared out over all ranks of its stage: how many
-layers offload says what a node keeps. So that number is searched for, and the search is exact for each.
+layers offload says what a node keeps (but for a copy of the weights, which stages 1 and 2 keep there). So that
+number is searched for, and the search is exact for each.
 """
 
 from collections.abc import Callable, Iterator
@@ -68,7 +69,7 @@ def search_within_hosts(
         return result, None
     found, excess = _HostSearch(request, cost_model, host_bytes, find).within(result)
     try:
-        plain = find(on_device)
+        plain = find(replace(on_device, names_nearest=found is None))
     except SearchError as error:
         if found is None:
             raise SearchError(f"{excess}; valid: less offloaded, or more of it; {error}") from None
@@ -119,6 +120,8 @@ class _HostSearch:
             f"host memory: the fastest plan would keep {size / _GIB:.1f} GiB on a node that has "
             f"{self.host_bytes / _GIB:.1f}"
         )
+        if not self.request.layerwise:
+            return None, excess  # alike, all layers offload or none
         guess = int(self.layers * self.host_bytes / size)
         found = [answer for ends in (True, False) for answer in self.answers(guess, ends=ends)]
         best = max(found, key=lambda answer: answer.samples_per_second, default=None)
@@ -153,7 +156,8 @@ class _HostSearch:
             if (index + 1) * count // self.layers > index * count // self.layers
         )
         try:
-            return self.find(replace(self.request, offload_layers=chosen, offload_ends=ends))
+            asked = replace(self.request, offload_layers=chosen, offload_ends=ends, names_nearest=False)
+            return self.find(asked)
         except SearchError:
             return None
 

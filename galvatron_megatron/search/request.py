@@ -58,6 +58,8 @@ class SearchRequest:
     uniform_margin: float = 0.0
     """A layer-wise plan must be faster than the best uniform one by more than this fraction, or the uniform
     one is chosen: below the uncertainty of the prediction, simple is better. 0 always takes the fastest."""
+    names_nearest: bool = True
+    """Where nothing fits, the error names the plan that comes nearest, which takes time."""
     runners_up: int = 5
     """How many competitors, of other outer decisions, to report."""
 

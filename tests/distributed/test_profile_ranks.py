@@ -287,10 +287,12 @@ def test_a_killed_command_goes_on_without_loss(tmp_path):
     assert len(profiles) == len(list(tmp_path.glob("profile-*.json")))
     seen = {p.key for profile in profiles for p in (*profile.parts, *profile.steps)}
     assert seen
-    process = start(tmp_path)
+    process = start(tmp_path, options=("--offload",))
     out, _ = process.communicate(timeout=200)
     assert process.returncode == 0, out
+    assert "1 in host memory" in out.decode()
     (profile,) = list_profiles(tmp_path)
+    assert len(profile.host_steps) == 2
     assert seen <= {p.key for p in (*profile.parts, *profile.steps)}
     recomputes = {p.recompute for p in profile.parts if p.part not in (EMBEDDING, HEAD)}
     assert recomputes == set(Recompute)
