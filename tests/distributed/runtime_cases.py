@@ -100,6 +100,9 @@ MODELS = {
     },
 }
 
+RESUMED = ("modern", "bf16", "fp16", "hybrid", "experts", "mamba", "latent")
+"""Models of jobs that stop halfway, or that are as long as those."""
+
 LAYOUTS = ("tp1", "tp2", "tp2+megatron", "tp4", "tp4+megatron")
 
 
@@ -117,7 +120,8 @@ def case(name, model, base, *stages, pattern=None, **options):
 def reference(model):
     """The same model on one rank of stock Megatron."""
     evaluation = EVALUATION if model == "modern" else {}
-    options = {"arguments": {"train-iters": LONG, **evaluation}, "weights_after": (FEWER, STEPS)}
+    steps = LONG if model in RESUMED else STEPS
+    options = {"arguments": {"train-iters": steps, **evaluation}, "weights_after": (FEWER, STEPS)}
     return case(f"reference-{model}", model, "tp1", ["tp1"] * 4, **options)
 
 

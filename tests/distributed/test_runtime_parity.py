@@ -136,6 +136,7 @@ def test_communicators_beside_megatrons_are_noticed(ranks):
     seen = ranks(4).run(train, made)[0]
     assert_same_training(seen, expected_of(ranks, made))
     assert seen["created"] == 0
+    made["arguments"]["train-iters"] = 1
     mistaken = ranks(4).run(train, {**made, "mutation": "unknown_groups"})[0]
     assert (0, 1) in mistaken["created_again"] and (0,) in mistaken["created_again"]
 
