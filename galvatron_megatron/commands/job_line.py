@@ -43,6 +43,27 @@ def is_job_line(words: Sequence[str]) -> bool:
     return len(words) > 1 or (bool(words) and words[0].endswith(".py"))
 
 
+def without_own_flags(words: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
+    """Takes our flags off a command line.
+
+    Args:
+        words: a command line, with or without the script.
+
+    Returns:
+        The other words in order, and our flags; those that only concern the run of a job as if not given.
+
+    Raises:
+        GalvatronError: a flag of ours is unknown or lacks its value.
+    """
+    check_flag_names(words)
+    parser = RaisingParser(allow_abbrev=False, add_help=False)
+    add_options(parser)
+    own, rest = parser.parse_known_args(list(words))
+    for name in _OF_A_RUN:
+        setattr(own, f"galvatron_{name}", parser.get_default(f"galvatron_{name}"))
+    return rest, own
+
+
 def read_job_line(words: Sequence[str], *, vocab_size: int | None) -> JobLine:
     """Reads a command line.
 
@@ -54,12 +75,7 @@ def read_job_line(words: Sequence[str], *, vocab_size: int | None) -> JobLine:
         GalvatronError: a flag has a bad value, or the line describes no model that can be planned for.
     """
     line = read_command_line(words)
-    check_flag_names(line.unknown)
-    parser = RaisingParser(allow_abbrev=False, add_help=False)
-    add_options(parser)
-    own, _ = parser.parse_known_args(list(line.unknown))
-    for name in _OF_A_RUN:
-        setattr(own, f"galvatron_{name}", parser.get_default(f"galvatron_{name}"))
+    _, own = without_own_flags(line.unknown)
     # What is asked of a job line is its plan, whether or not the job is to ask for it itself.
     own.galvatron_auto = own.galvatron_plan is None
     arguments = line.arguments | {"galvatron_zero_backend": own.galvatron_zero_backend}
@@ -90,7 +106,9 @@ def _described(given: Mapping[str, object], vocab_size: int | None, name: str) -
             raise
         Console(stderr=True).print(
             f"galvatron: {kind}: its files are not at hand; {USUAL_SIZES[kind]} entries are assumed "
-            "(--vocab-size says otherwise)"
+            "(--vocab-size says otherwise)",
+            highlight=False,
+            soft_wrap=True,
         )
         return model_from_arguments(given, name=name, vocab_size=USUAL_SIZES[kind])
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+from galvatron_megatron.commands.job_line import without_own_flags
 from galvatron_megatron.commands.profile_worker import RANK_TIMEOUT_SECONDS
 from galvatron_megatron.commands.stored_profiles import export, find_stored, import_stored, list_stored, show
 from galvatron_megatron.describe.galvatron_store import GalvatronImport
@@ -30,6 +31,7 @@ from galvatron_megatron.describe.profile_store import (
 from galvatron_megatron.errors import DescriptionError, GalvatronError, did_you_mean
 from galvatron_megatron.integration.launcher import adopt_environment
 from galvatron_megatron.plan.document import check_target
+from galvatron_megatron.plan.strategy import Offload
 
 ACTIONS = ("measure", "list", "show", "export", "import")
 LEAST_WORDS = {"export": 2, "import": 1}
@@ -47,7 +49,7 @@ actions:
 
 examples:
   galvatron profile --ranks 4 --model configs/models/gpt3-125m.yaml
-  galvatron profile --ranks 4 -- --num-layers 4 --hidden-size 256 --num-attention-heads 4 \\
+  galvatron profile --ranks 4 -- pretrain_gpt.py --num-layers 4 --hidden-size 256 --num-attention-heads 4 \\
       --seq-length 256 --max-position-embeddings 256 --vocab-size 1000 --tokenizer-type NullTokenizer
   torchrun --nproc-per-node 8 -m galvatron_megatron profile --model configs/models/llama2-7b.yaml
       on the ranks that torchrun, deepspeed or srun have started
@@ -60,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("words", nargs="*", metavar="ACTION", help="what to do, see below")
     _keep_words_after_dashes(parser)
-    parser.add_argument("--model", type=Path, help="model file, or a Hugging Face config.json")
+    parser.add_argument("--model", type=Path, help="model file, Hugging Face config.json, or a shipped name")
     parser.add_argument(
         "--seq-length", type=int, help="tokens of a sample, instead of what the model file says"
     )
@@ -124,6 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
     action = words.pop(0) if words else "measure"
     if action not in ACTIONS:
         raise GalvatronError(f"action {action!r} is unknown; {did_you_mean(action, ACTIONS)}")
+    _read_job_flags(arguments)
     directory = check_directory(
         arguments.directory or default_directory(),
         create=arguments.directory is None,
@@ -156,6 +159,20 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         import_stored(directory, [Path(word) for word in words])
     return 0
+
+
+def _read_job_flags(arguments: argparse.Namespace) -> None:
+    """Takes the script and our flags off the words behind ``--``, which may be a job's line as it stands.
+
+    Where the command itself does not say device, store and offloading, those flags do.
+    """
+    words, own = without_own_flags(arguments.megatron)
+    arguments.megatron = words[1:] if words and words[0].endswith(".py") else words
+    if own.galvatron_device == "cpu":
+        arguments.device = arguments.device or "cpu"
+    if own.galvatron_profile_dir:
+        arguments.directory = arguments.directory or Path(own.galvatron_profile_dir)
+    arguments.offload = arguments.offload or own.galvatron_offload not in (None, Offload.NONE)
 
 
 def _show(profile: Profile | GalvatronImport, arguments: argparse.Namespace) -> int:

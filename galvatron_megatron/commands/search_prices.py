@@ -215,7 +215,7 @@ def measured_prices(
 
 
 def _how_to_measure(arguments: argparse.Namespace, job: JobLine | None) -> str:
-    what = f"--model {arguments.model}" if job is None else "-- ARGS (without the script)"
+    what = f"--model {arguments.model}" if job is None else f"-- {job.words[0]} ARGS"
     return f"galvatron profile {what}"
 
 

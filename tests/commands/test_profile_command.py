@@ -98,6 +98,7 @@ def test_plot_draws_a_picture(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
+        (["--", "pretrain_gpt.py", "--galvatron-oto"], "did you mean '--galvatron-auto'"),
         (["shwo"], "did you mean 'show'"),
         (["show"], "holds no profile"),
         (["measure"], "no model"),
@@ -168,6 +169,24 @@ def test_a_batch_script_under_slurm_is_no_rank_and_starts_ranks(tmp_path, capsys
     monkeypatch.setattr(command, "_start_ranks", start)
     code, _, err = profile(capsys, "--model", "gpt3-125m", "--ranks", "3", "--directory", tmp_path)
     assert code == 2 and err == "galvatron profile: 3 ranks are to be started\n"
+
+
+def test_the_line_of_a_job_is_measured_as_it_stands(tmp_path, monkeypatch):
+    asked = []
+
+    def start(request: dict, count: int, timeout_seconds: float) -> str:
+        asked.append(request)
+        raise GalvatronError("far enough")
+
+    monkeypatch.setattr(command, "_start_ranks", start)
+    megatron = ["--num-layers", "2", "--cp-comm-type", "p2p", "a2a", "--lr", "-1e-4", "--hidden-size", "64"]
+    own = ["--galvatron-auto", "--galvatron-device", "cpu", "--galvatron-memory-gb=2", "--galvatron-offload"]
+    own += ["optimizer", "--galvatron-profile-dir", str(tmp_path)]
+    line = ["pretrain_gpt.py", *megatron[:5], *own, *megatron[5:]]
+    assert main(["profile", "--ranks", "2", "--", *line]) == 2
+    (request,) = asked
+    assert request["megatron"] == megatron
+    assert (request["device"], request["directory"], request["offload"]) == ("cpu", str(tmp_path), True)
 
 
 def test_the_first_rank_that_failed_is_heard(tmp_path):
