@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.trace is not None:
         check_target(arguments.trace, "--trace", DescriptionError)
     model, job = _model(arguments)
-    plan, name, costs = _priced_plan(arguments, model, job)
+    plan, name, costs, prices = _priced_plan(arguments, model, job)
     model, cluster = costs.model, costs.cluster
     memory_bytes = usable_memory_bytes(cluster, arguments.memory_gb)
     estimate = _estimate(plan, costs)
@@ -140,12 +140,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.trace is not None:
         write_chrome_trace(simulation, arguments.trace)
     if arguments.json:
-        document = estimate_document(estimate, cluster, simulation, host)
+        document = estimate_document(estimate, cluster, simulation, host) | {"prices": prices}
         document["fits"] = estimate.peak_bytes <= memory_bytes and host.fits
         print(json.dumps(document, indent=2))
         return 0
     title = f"{name} on {_place(cluster, plan)}"
-    print_estimate(console, title, estimate, cluster, memory_bytes, simulation, host)
+    print_estimate(console, title, estimate, cluster, memory_bytes, simulation, host, prices)
     if arguments.trace is not None:
         console.print(f"schedule written to {arguments.trace}")
     return 0
@@ -212,21 +212,25 @@ def _model(arguments: argparse.Namespace) -> tuple[Model, JobLine | None]:
 
 def _priced_plan(
     arguments: argparse.Namespace, model: Model, job: JobLine | None
-) -> tuple[Plan, str, AnalyticCostModel | MeasuredCostModel]:
+) -> tuple[Plan, str, AnalyticCostModel | MeasuredCostModel, list[str]]:
     """The plan, its name, and the prices asked for: measured, from traced counts, or from closed forms.
+
+    Measured ones come with lines that say where they come from.
 
     Raises:
         GalvatronError: the profile or the trace is missing, or the plan does not fit the rest.
     """
     if arguments.cluster is None:
-        costs = measured_prices(arguments, model, {}, job).costs
-        plan, name = _plan(arguments, costs.model, job, costs.cluster)
-        return plan, name, costs
+        prices = measured_prices(arguments, model, {}, job)
+        plan, name = _plan(arguments, prices.model, job, prices.cluster)
+        # What has no price is refused before shares of the time are told.
+        _estimate(plan, prices.costs)
+        return plan, name, prices.costs, [*prices.lines, prices.measured_share(plan)]
     cluster = read_cluster(arguments.cluster, nodes=arguments.nodes)
     plan, name = _plan(arguments, model, job, cluster)
     options = options_of(arguments, model) if job is None else job.options
     counts = _traced(arguments, model, plan) if arguments.traced else None
-    return plan, name, AnalyticCostModel(model, cluster, options, counts)
+    return plan, name, AnalyticCostModel(model, cluster, options, counts), []
 
 
 def _plan(

@@ -183,7 +183,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"galvatron: {note}", file=sys.stderr)
     marks = Fingerprints(model=model.fingerprint(), cluster=cluster.fingerprint(), profile=prices.profile)
     result = replace(result, plan=replace(result.plan, fingerprints=marks))
-    lines = [line for line in (*prices.lines, prices.measured_share(result.plan)) if line]
+    lines = [line for line in (*prices.lines, prices.left_out, prices.measured_share(result.plan)) if line]
     explanation = None
     if arguments.explain:
         is_modelled = isinstance(cost_model, AnalyticCostModel)

@@ -55,6 +55,8 @@ class Prices:
     """Fingerprint of the measured profile, or ""."""
     lines: tuple[str, ...] = ()
     """Where the prices come from, in words."""
+    left_out: str = ""
+    """What a search leaves out because it has no price, in words."""
 
     @property
     def is_measured(self) -> bool:
@@ -201,7 +203,6 @@ def measured_prices(
         *(() if costs.prices_ulysses else ("Ulysses",)),
         *(() if costs.prices_offloading else ("offloading (galvatron profile --offload measures it)",)),
     ]
-    lines.append(f"left out, as not measured: {', '.join(unmeasured)}")
     return Prices(
         model=found,
         cluster=cluster,
@@ -211,6 +212,7 @@ def measured_prices(
         | ({} if costs.prices_ulysses else {"allow_ulysses": False}),
         profile=name,
         lines=tuple(lines),
+        left_out=f"left out, as not measured: {', '.join(unmeasured)}",
     )
 
 

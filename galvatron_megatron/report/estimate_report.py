@@ -108,14 +108,27 @@ def print_estimate(
     memory_bytes: int,
     simulation: Simulation | None = None,
     host: HostUse | None = None,
+    prices: Sequence[str] = (),
 ) -> None:
-    """Prints totals, then the terms of time and of memory of the slowest and of the fullest pipeline rank."""
+    """Prints totals, then the terms of time and of memory of the slowest and of the fullest pipeline rank.
+
+    Args:
+        console: where to.
+        title: of the first table.
+        estimate: to print.
+        cluster: that was priced.
+        memory_bytes: of a device.
+        simulation: of the schedule.
+        host: what nodes keep of offloaded states.
+        prices: lines that say where measured prices come from, in place of how well modelled ones were fitted.
+    """
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_row("step time", f"{estimate.step_seconds * 1e3:,.1f} ms")
     if simulation is not None:
         simulated = simulation.step_seconds + estimate.overhead_seconds
         table.add_row("step time, schedule simulated", f"{simulated * 1e3:,.1f} ms")
-    table.add_row("confidence", confidence(cluster.calibration))
+    if not prices:
+        table.add_row("confidence", confidence(cluster.calibration))
     table.add_row("throughput", f"{estimate.tokens_per_second_per_device:,.0f} tokens/s per device")
     table.add_row("model FLOPs utilisation", f"{estimate.model_flops_utilization:.1%}")
     table.add_row("pipeline bubble", f"{estimate.bubble_seconds * 1e3:,.1f} ms")
@@ -128,8 +141,11 @@ def print_estimate(
     )
     if host is not None and host.kept_bytes:
         table.add_row("host memory of the fullest node", _host_words(host))
-    table.add_row("confidence in memory", memory_confidence(cluster.calibration))
+    if not prices:
+        table.add_row("confidence in memory", memory_confidence(cluster.calibration))
     console.print(table)
+    for line in prices:
+        console.print(f"prices: {line}", highlight=False, markup=False, soft_wrap=True)
     slowest = max(range(len(estimate.stages)), key=lambda rank: estimate.stages[rank].seconds)
     fullest = max(range(len(estimate.stages)), key=lambda rank: estimate.stages[rank].peak_bytes)
     time, memory = estimate.stages[slowest], estimate.stages[fullest]

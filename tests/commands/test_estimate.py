@@ -204,10 +204,16 @@ def test_measured_terms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         write_plan(uniform_plan(model, strategy, pp=1, micro_batch_size=2, micro_batches=4), plans[-1])
     files = ["--model", str(tmp_path / "m.yaml"), "--profile-dir", str(profiles), "--json"]
     assert main(["estimate", plans[0], *files]) == 0
-    stage = json.loads(capsys.readouterr().out)["stages"][0]
+    document = json.loads(capsys.readouterr().out)
+    assert document["prices"][0].startswith("measured: profile ")
+    assert document["prices"][1] == "every part of this plan's predicted time is measured"
+    stage = document["stages"][0]
     assert {term["source"] for term in stage["micro_batch_terms"]} == {"measured"}
     # Four layers of 2 samples at 3 ms a sample over tp 2, embedding and head at 0.3 ms a sample each.
     assert stage["micro_batch_seconds"] == pytest.approx(4 * 3e-3 + 2 * 0.6e-3)
+    assert main(["estimate", plans[0], *files[:-1]]) == 0
+    text = capsys.readouterr().out
+    assert "prices: measured: profile " in text and "uncalibrated" not in text and "left out" not in text
     # tp 4 was not measured.
     assert main(["estimate", plans[1], *files]) == 2
     assert capsys.readouterr().err.startswith("galvatron estimate: profile: ")
