@@ -132,7 +132,7 @@ def smallest_memory(costs: MeasuredCostModel, request: SearchRequest) -> int:
     while high - low > 1 << 10:
         middle = (low + high) // 2
         try:
-            search(replace(request, memory_bytes=middle), costs)
+            search(replace(request, memory_bytes=middle, names_nearest=False, runners_up=0), costs)
             high = middle
         except SearchError:
             low = middle
