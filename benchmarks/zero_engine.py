@@ -5,8 +5,8 @@ Two arms train the same small model on the ranks of this machine, step by step i
 * engine: DeepSpeed's engine as its documentation uses it, with a plain loop around it;
 * runtime: Megatron's training step under a uniform plan of that stage, on DeepSpeed's optimizer classes.
 
-Same weights, batches, accumulation, clipping and bucket size (the runtime's); under ZeRO 3 both shard every
-parameter, however small, and the engine prefetches. Prints, for the time that passes and for the time that
+Same weights, batches, accumulation, clipping and bucket size (the runtime's); under ZeRO 3 both leave vectors
+whole, and the engine prefetches. Prints, for the time that passes and for the time that
 rank 0 computes, the medians and the median ratio of turns, and how far apart the losses are.
 
     python benchmarks/zero_engine.py [--stage 1|2|3] [--ranks 2] [--steps 60]
@@ -106,7 +106,7 @@ def measure(options: argparse.Namespace) -> None:
                 "reduce_bucket_size": bucket,
                 "allgather_bucket_size": bucket,
                 "overlap_comm": False,
-                "stage3_param_persistence_threshold": 0,
+                "stage3_param_persistence_threshold": 4 * options.hidden,
             },
         },
     )

@@ -5,6 +5,8 @@ from runtime_cases import FEWER, case
 DEEPSPEED = {"late_arguments": {"galvatron_zero_backend": "deepspeed"}}
 FOUR = {"micro_batches": 4}
 """Four micro-batches per step."""
+OVERLAPPED = {"arguments": {"overlap-grad-reduce": True, "ddp-bucket-size": 4000}}
+"""Gradients are reduced beside the backward pass, in several buckets a layer."""
 
 
 def zero_case(name, model, base, *stages, **options):
@@ -14,7 +16,13 @@ def zero_case(name, model, base, *stages, **options):
 
 
 FLAT = (
-    zero_case("all-2", "modern", "tp1 zero2", ["tp1 zero2", "tp2 zero2", "tp4 zero2", "tp2+megatron zero2"]),
+    zero_case(
+        "all-2",
+        "modern",
+        "tp1 zero2",
+        ["tp1 zero2", "tp2 zero2", "tp4 zero2", "tp2+megatron zero2"],
+        **OVERLAPPED,
+    ),
     zero_case("all-3", "modern", "tp1 zero3", ["tp1 zero3", "tp2 zero3", "tp4 zero3", "tp2+megatron zero3"]),
     zero_case("uniform-2", "modern", "tp1 zero2", ["tp1 zero2"] * 4),
     zero_case("uniform-3", "modern", "tp2 zero3", ["tp2 zero3"] * 4, **FOUR),
@@ -61,6 +69,7 @@ FLAT = (
         "modern",
         "tp2 zero3",
         ["tp2 zero3 recompute-full", "tp2 zero3 recompute-full", "tp4 zero3 recompute-selective", "tp2 zero3"],
+        **OVERLAPPED,
         **FOUR,
     ),
     zero_case("token-loss", "token-loss", "tp2 zero2", ["tp2 zero3", "tp2 zero2", "tp4", "tp2 zero3"], **FOUR),
@@ -94,7 +103,14 @@ PIPELINES = (
         "pipeline-2", "modern", "tp1 zero2", ["tp1 zero2", "tp2 zero2"], ["tp2 zero2", "tp1"], pp=2, **FOUR
     ),
     zero_case(
-        "pipeline-3", "modern", "tp2 zero3", ["tp1 zero3", "tp2 zero3"], ["tp2 zero3", "tp1"], pp=2, **FOUR
+        "pipeline-3",
+        "modern",
+        "tp2 zero3",
+        ["tp1 zero3", "tp2 zero3"],
+        ["tp2 zero3", "tp1"],
+        pp=2,
+        **OVERLAPPED,
+        **FOUR,
     ),
     zero_case(
         "pipeline-apart", "modern", "tp1", ["tp1 zero3", "tp2 zero3"], ["tp2", "tp1 zero2"], pp=2, **FOUR
