@@ -264,7 +264,7 @@ class MeasuredCostModel:
         ]
         each = {key: seconds / together for key, seconds in sent.items()}
         at_use = layer_at_use(strategy, len(self._digests), pp, modules)
-        return self._priced("layer", found, strategy, found.parameters, each, sync, share, at_use, whole=whole)
+        return self._priced(digest, found, strategy, found.parameters, each, sync, share, at_use, whole=whole)
 
     def _price_end(self, part: str, base: Strategy, samples: int, pp: int, share: float) -> PricedLayer:
         found = self._find(part, base, Recompute.NONE, samples)
@@ -298,7 +298,7 @@ class MeasuredCostModel:
 
     def _priced(
         self,
-        what: str,
+        part: str,
         found: PartCost,
         strategy: Strategy,
         parameters: int,
@@ -311,6 +311,7 @@ class MeasuredCostModel:
         borrowed: int = 0,
         whole: int = 0,
     ) -> PricedLayer:
+        what = part if part in (EMBEDDING, HEAD) else "layer"
         computing = (found.forward_seconds, found.backward_seconds)
         # What computes while this part's parameters are gathered.
         before = beside or found
@@ -326,9 +327,15 @@ class MeasuredCostModel:
         ]
         fetching, source = self._states.fetching(parameters, strategy)
         fetching *= share
+        engine = [
+            Term(name=term.name, value=term.value * share, source=term.source)
+            for term in self._states.engine_terms(part, strategy)
+        ]
         forward, backward = (
-            computed.value + sharded.value + fetching for computed, sharded in zip(terms, sharding, strict=True)
+            sum(term.value for term in of_phase) + fetching
+            for of_phase in zip(terms, sharding, engine, strict=True)
         )
+        sharding += engine
         sharding += [
             Term(name=f"{phase} offloading", value=fetching, source=source) for phase in (FORWARD, BACKWARD)
         ]

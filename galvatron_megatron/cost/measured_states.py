@@ -19,7 +19,7 @@ from galvatron_megatron.cost.sharding import BACKWARD, FORWARD, REDUCTION, UPDAT
 from galvatron_megatron.cost.terms import Term
 from galvatron_megatron.describe.cluster import Cluster
 from galvatron_megatron.describe.profile import Profile
-from galvatron_megatron.plan.strategy import Offload, Strategy
+from galvatron_megatron.plan.strategy import Offload, Recompute, Strategy
 
 REDUCING, GATHERING = "gradient reduction", "parameter gathering"
 """Names of terms."""
@@ -53,6 +53,7 @@ class StatePrices:
             zero: fit_steps([point for point in profile.steps if point.zero == zero])
             for zero in {point.zero for point in profile.steps}
         }
+        self._engines = {point.key: point for point in profile.engines if not point.failure}
         self._host_step = fit_steps(profile.host_steps) if profile.host_steps else None
 
     def has_step(self, strategy: Strategy) -> bool:
@@ -199,6 +200,24 @@ class StatePrices:
                 source="modelled" if self._options.overlap_gradients or (phase, GATHER) in sent else "measured",
             )
             for phase, computing in ((FORWARD, forward_seconds), (BACKWARD, backward_seconds))
+        ]
+
+    def engine_terms(self, part: str, strategy: Strategy) -> list[Term]:
+        """Processor time of an engine of ZeRO in the forward and the backward pass of a micro-batch.
+
+        Recomputation runs the hooks of stage 3 on the forward pass once more. None where it was not measured.
+
+        Args:
+            part: as a profile names it.
+            strategy: how it runs.
+        """
+        point = self._engines.get((part, strategy.zero)) if strategy.state_replicas > 1 else None
+        forward, backward = (point.forward_seconds, point.backward_seconds) if point else (0.0, 0.0)
+        if strategy.zero == 3 and strategy.recompute is Recompute.FULL:
+            backward += forward
+        return [
+            Term(name=f"{phase} ZeRO engine", value=seconds, source="measured")
+            for phase, seconds in ((FORWARD, forward), (BACKWARD, backward))
         ]
 
     def transient_bytes(

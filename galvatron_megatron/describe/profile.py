@@ -91,6 +91,37 @@ class StepPoint:
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
+class EnginePoint:
+    """Processor time that an engine of ZeRO 2 or 3 takes beside a part's own, in every pass of a micro-batch.
+
+    Hooks on modules and gradients, and copies to and from buffers; waiting for collectives is not in it.
+    """
+
+    part: str
+    """As of :class:`PartPoint`."""
+    zero: int
+    """2 or 3."""
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
+    """Without recomputation."""
+    failure: str = ""
+    """Why there is no measurement; empty where there is one."""
+    source: str = "measured"
+
+    def __post_init__(self) -> None:
+        for name in ("forward_seconds", "backward_seconds"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise DescriptionError(
+                    f"profile engine {self.part} {name}: {getattr(self, name)!r}; valid: a number >= 0"
+                )
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What was measured, without the result."""
+        return (self.part, self.zero)
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
 class CollectiveCurve:
     """Time of one kind of collective over one group shape, as a function of message size.
 
@@ -223,6 +254,8 @@ class Profile:
     steps: tuple[StepPoint, ...] = ()
     host_steps: tuple[StepPoint, ...] = ()
     """Of ZeRO 1 with main weights and Adam's states in host memory, without the copies; where asked for."""
+    engines: tuple[EnginePoint, ...] = ()
+    """Of ZeRO 2 and 3, on CPU ranks; empty in older profiles and for large models."""
     collectives: tuple[CollectiveCurve, ...] = ()
     overlaps: tuple[Overlap, ...] = ()
     speeds: tuple[tuple[str, float], ...] = ()
@@ -276,6 +309,7 @@ class Profile:
             parts=_union(self.parts, other.parts),
             steps=_union(self.steps, other.steps),
             host_steps=_union(self.host_steps, other.host_steps),
+            engines=_union(self.engines, other.engines),
             collectives=_union(self.collectives, other.collectives),
             overlaps=_union(self.overlaps, other.overlaps),
             speeds=other.speeds or self.speeds,

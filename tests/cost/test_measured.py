@@ -24,7 +24,7 @@ from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.overlap import exposed_seconds
 from galvatron_megatron.cost.protocol import Setting
 from galvatron_megatron.describe.cluster import Host
-from galvatron_megatron.describe.profile import EMBEDDING, PartPoint, StepPoint
+from galvatron_megatron.describe.profile import EMBEDDING, HEAD, EnginePoint, PartPoint, StepPoint
 from galvatron_megatron.describe.profile_key import layer_digest
 from galvatron_megatron.errors import DescriptionError
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
@@ -516,3 +516,36 @@ def test_a_pipeline_of_ranks_that_share_processors_does_not_pay_for_waiting(proc
 def test_a_step_pays_the_small_reductions_of_megatrons_loop():
     assert costs().step_overhead_seconds() == pytest.approx(3 * (LATENCY + 1024 * PER_BYTE))
     assert costs(collectives=()).step_overhead_seconds() == 0
+
+
+def test_engines_of_zero_take_processor_time_where_that_was_measured():
+    engines = tuple(
+        EnginePoint(part=part, zero=3, forward_seconds=2e-3, backward_seconds=5e-3) for part in (DIGEST, HEAD)
+    )
+    for strategy, more in (
+        (Strategy(dp=4, zero=3), (2e-3, 5e-3)),
+        # Recomputation runs the forward pass's hooks again.
+        (Strategy(dp=4, zero=3, recompute=Recompute.FULL), (2e-3, 7e-3)),
+        (Strategy(dp=4, zero=2), (0.0, 0.0)),
+        (Strategy(dp=4, zero=1), (0.0, 0.0)),
+    ):
+        setting = Setting(pp=1, virtual_stages=1, micro_batch_size=1, micro_batches=8, base=strategy)
+        plain, charged = (costs(engines=points).priced_layer(0, strategy, setting) for points in ((), engines))
+        added = (
+            charged.forward_seconds - plain.forward_seconds,
+            charged.backward_seconds - plain.backward_seconds,
+        )
+        assert added == pytest.approx(more)
+        assert sum(t.value for t in charged.micro_batch_terms) == pytest.approx(
+            charged.cost.micro_batch_seconds
+        )
+    base = Strategy(dp=4, zero=3)
+    setting = Setting(pp=1, virtual_stages=1, micro_batch_size=1, micro_batches=8, base=base)
+    head, embedding = (
+        costs(engines=engines).priced_head(setting),
+        costs(engines=engines).priced_embedding(setting),
+    )
+    assert {t.name: t.value for t in head.micro_batch_terms}["backward ZeRO engine"] == pytest.approx(5e-3)
+    assert not [t for t in embedding.micro_batch_terms if "engine" in t.name]
+    failed = (EnginePoint(part=DIGEST, zero=3, failure="large"),)
+    assert costs(engines=failed).priced_layer(0, base, setting) == costs().priced_layer(0, base, setting)
