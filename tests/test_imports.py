@@ -35,6 +35,9 @@ MAY_IMPORT = {
         # What is measured under Ulysses is the attention that the runtime runs.
         "runtime.rotary",
         "runtime.ulysses",
+        # And the engines of ZeRO are the runtime's.
+        "runtime.zero",
+        "runtime.zero_ahead",
     },
 }
 """What a package may import of this project besides itself; one that is not listed may import anything."""

@@ -117,7 +117,7 @@ class _Marks:
             handle.remove()
 
 
-def _run_once(few: FewLayers, batch: _Batch, take: Any) -> dict[str, Any]:
+def run_once(few: FewLayers, batch: _Batch, take: Any) -> dict[str, Any]:
     """One forward and backward; what ``take`` returned at every boundary."""
     marks = _Marks(few, take)
     try:
@@ -212,7 +212,7 @@ class PartMeasurement:
         if first_round:
             with MemoryMeter() as meter:
                 start, _ = meter.read()
-                seen = _run_once(self.few, batch, lambda: (meter.read(), clock.mark()))
+                seen = run_once(self.few, batch, lambda: (meter.read(), clock.mark()))
             clock.synchronize()
             self._memory = {name: (now - start, peak - start) for name, ((now, peak), _) in seen.items()}
             self._watched_seconds = _slowest(clock.seconds(seen["start"][1], seen["end"][1]))
@@ -220,14 +220,14 @@ class PartMeasurement:
         if is_long and first_round:
             return
         if not is_long and not first_round:
-            _run_once(self.few, batch, clock.mark)
+            run_once(self.few, batch, clock.mark)
         dist.barrier()
-        runs = [_run_once(self.few, batch, clock.mark)]
+        runs = [run_once(self.few, batch, clock.mark)]
         clock.synchronize()
         seconds = _slowest(clock.seconds(runs[0]["start"], runs[0]["end"]))
         # A pass that was long for being the first on its connections gets the repeats of a short one.
         repeats = max(int(min(20, budget_seconds / seconds)), FEWEST_LONG - 1)
-        runs += [_run_once(self.few, batch, clock.mark) for _ in range(repeats)]
+        runs += [run_once(self.few, batch, clock.mark) for _ in range(repeats)]
         clock.synchronize()
         for part, spans in self._spans().items():
             for run in runs:
@@ -273,7 +273,7 @@ class PartMeasurement:
             names |= {EMBEDDING: EMBEDDING, HEAD: HEAD}
         if self.failure:
             return [PartPoint(part=name, failure=self.failure, **common) for name in names]
-        parameters = _parameters(self.few)
+        parameters = parameter_counts(self.few)
         points = []
         for name, part in names.items():
             worst = {key: max(numbers[part][key] for numbers in answers) for key in answers[0][part]}
@@ -293,7 +293,7 @@ class PartMeasurement:
         return points
 
 
-def _parameters(few: FewLayers) -> dict[str, tuple[int, int]]:
+def parameter_counts(few: FewLayers) -> dict[str, tuple[int, int]]:
     """(parameters, tensors) of each part on this rank; a tied embedding counts for the embedding."""
 
     def count(module: torch.nn.Module) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from galvatron_megatron.describe.cluster import Cluster
 from galvatron_megatron.describe.model import Layer, Model
-from galvatron_megatron.describe.profile import PartPoint, Profile
+from galvatron_megatron.describe.profile import EnginePoint, PartPoint, Profile
 from galvatron_megatron.describe.profile_cluster import cluster_from_ranks
 from galvatron_megatron.describe.profile_key import layer_digest, shape_digest
 from galvatron_megatron.describe.profile_store import (
@@ -63,6 +64,7 @@ from galvatron_megatron.profiler.topology import (
     nodes_of_group,
     provenance_of_ranks,
 )
+from galvatron_megatron.profiler.zero_engines import STAGES, can_measure_engines, measure_engines
 
 MOST_LAYERS = 2
 """Layers in memory at most: a layer's weights then leave the processor's caches as in a real model."""
@@ -259,7 +261,8 @@ class _Run:
     def lacks_anything(self) -> bool:
         """True where something is to be measured and stored."""
         complete = not (self.lacks_speeds() or self.missing_curves() or self.missing_overlaps())
-        return not complete or bool(self.missing_host_steps() or self.missing_builds())
+        others = self.missing_host_steps() or self.missing_engines() or self.missing_builds()
+        return not complete or bool(others)
 
     def lacks_speeds(self) -> bool:
         """True where the speed of the devices is to be measured, or that of their hosts."""
@@ -293,6 +296,17 @@ class _Run:
         have = {point.updated for point in self.profile.host_steps}
         wanted = host_step_sizes(self.model.parameter_count(), self._world)
         return tuple(elements for elements in wanted if elements not in have)
+
+    def missing_engines(self) -> list[Build]:
+        """Models of one layer to run under engines of ZeRO 2 and 3."""
+        tp = self.needs.tps[0]
+        wanted = on_cpu() and self._world > tp and 1 in self.needs.zeros
+        if not wanted or find_spec("deepspeed") is None:
+            return []
+        have = {point.part for point in self.profile.engines}
+        layers = dict.fromkeys(layer for layer in self.model.layers if layer_digest(layer) not in have)
+        plain = {"sequence_parallel": SequenceParallel.NONE, "parts": False, "step": False}
+        return [Build(layer=layer, layers=1, tp=tp, zero=0, **plain) for layer in layers]
 
     def missing_builds(self) -> list[Build]:
         """Models to build and what to measure on them."""
@@ -335,9 +349,10 @@ class _Run:
         """Measures everything that is missing and stores it piece by piece."""
         curves, overlaps, builds = self.missing_curves(), self.missing_overlaps(), self.missing_builds()
         host_steps = self.missing_host_steps()
-        progress = self.progress
+        progress, engines = self.progress, self.missing_engines()
         links = sum(map(len, curves.values())) + len(overlaps)
-        progress.start(links + len(host_steps) + sum(self._most_measurements(item) for item in builds))
+        others = len(host_steps) + len(engines)
+        progress.start(links + others + sum(self._most_measurements(item) for item in builds))
         with progress.phase("links"):
             for shape, wanted in curves.items():
                 with siblings_of(shape) as siblings:
@@ -357,6 +372,37 @@ class _Run:
             for item in builds:
                 progress.at(str(item))
                 self._measure_build(item)
+        with progress.phase("engines"):
+            for item in engines:
+                progress.at(f"ZeRO 2 and 3, {item}")
+                self._measure_engines(item)
+                progress.advance()
+
+    def _measure_engines(self, item: Build) -> None:
+        name, points = layer_digest(item.layer), []
+        try:
+            made = arguments_for(
+                self.arguments,
+                self.model,
+                item.layer,
+                layers=item.layers,
+                tp=item.weight_shards,
+                sequence_parallel=item.sequence_parallel,
+                zero=item.zero,
+                world_size=self._world,
+                defaults=self.defaults,
+            )
+            reason = "" if can_measure_engines(made) else "too large to count"
+            if not reason:
+                with parallel_state_of(item.weight_shards, made):
+                    points = measure_engines(made, name)
+        except (GalvatronError, *REFUSALS) as error:
+            reason = refusal(error)
+        # A lost rank looks like a refusal to the others, which notice here.
+        if reason := next((found for found in gather(reason) if found), ""):
+            points = [EnginePoint(part=name, zero=zero, failure=reason) for zero in STAGES]
+        notes = (f"ZeRO 2 and 3, {item}: engines not measured, {reason}",) if reason else ()
+        self.keep(engines=tuple(points), notes=notes)
 
     def _measure_curve(self, collective: str, siblings: Siblings, contention: bool) -> None:
         shape = siblings.shape

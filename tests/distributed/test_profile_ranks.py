@@ -104,6 +104,12 @@ def test_two_ranks_measure_everything_once(ranks, first):
     assert read_profile(directory, profile.fingerprint()) == (profile, "")
     assert not [point for point in profile.parts if point.failure]
     layer = layer_digest(model.layers[0])
+    engines = {point.key: point for point in profile.engines if not point.failure}
+    assert engines.keys() == {(part, zero) for part in (EMBEDDING, layer, HEAD) for zero in (2, 3)}
+    # Stage 2 has hooks on gradients alone, stage 3 on some 20 modules of a layer, tens of microseconds each.
+    assert engines[layer, 2].backward_seconds > 0
+    assert 2e-4 < engines[layer, 3].forward_seconds < 0.1
+    assert 2e-4 < engines[layer, 3].backward_seconds < 0.1
     points = {point.key: point for point in profile.parts}
     for tp, kind in ((1, "none"), (2, "none"), (2, "megatron")):
         for size in (1, 2):
