@@ -197,9 +197,7 @@ def _count(found: Any, path: Path) -> int:
         found = found.item()
     if isinstance(found, bool) or not isinstance(found, int | float) or found < 0 or found != int(found):
         told = found if isinstance(found, int | float | str) else type(found).__name__
-        raise PlanError(
-            f"universal checkpoint: {path}: {told!r} for a number of steps; valid: an integer >= 0"
-        )
+        raise PlanError(f"universal checkpoint: {path}: {told!r} for a number of steps; valid: an integer >= 0")
     return int(found)
 
 
