@@ -392,7 +392,7 @@ class _Run:
                 world_size=self._world,
                 defaults=self.defaults,
             )
-            reason = "" if can_measure_engines(made) else "too large to count"
+            reason = "" if can_measure_engines(made) else "too large to count, or with experts"
             if not reason:
                 with parallel_state_of(item.weight_shards, made):
                     points = measure_engines(made, name)

@@ -34,12 +34,15 @@ Passes = dict[str, tuple[float, float]]
 def can_measure_engines(arguments: Namespace) -> bool:
     """Whether engines are worth measuring for a model: on CPU ranks; beside GPUs the host runs ahead.
 
+    Ranks route tokens to different experts, so models with experts are left out.
+
     Args:
         arguments: of Megatron, validated, for a model of one layer.
     """
     hidden = arguments.hidden_size
     wide = 2 * arguments.padded_vocab_size + 4 * hidden + 3 * (arguments.ffn_hidden_size or 4 * hidden)
-    return on_cpu() and hidden * wide * (getattr(arguments, "num_experts", None) or 1) <= LARGEST_PARAMETERS
+    has_experts = bool(getattr(arguments, "num_experts", None))
+    return on_cpu() and not has_experts and hidden * wide <= LARGEST_PARAMETERS
 
 
 def measure_engines(arguments: Namespace, layer_name: str) -> list[EnginePoint]:
