@@ -106,6 +106,11 @@ class ReshardableOptimizer(ChainedOptimizer):
         metadata = metadata or {}
         here = metadata.get(_FORM) == _RESHARDABLE if is_loading else self.saves_by_parameter
         if not here:
+            if not is_loading:
+                # fp16 skips its first steps; a job under another plan looks for states all the same.
+                for optimizer in self.chained_optimizers:
+                    if not optimizer.is_stub_optimizer:
+                        initialise_states(optimizer)
             return super().sharded_state_dict(model_sharded_state_dict, is_loading, metadata=metadata)
         entries = entries_by_parameter(model_sharded_state_dict)
         states = {}

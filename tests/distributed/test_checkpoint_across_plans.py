@@ -2,7 +2,7 @@
 
 import pytest
 from runtime_cases import LONG, case
-from runtime_rank import assert_same_training, references, train, weight_difference
+from runtime_rank import assert_same_training, references, relative, train, weight_difference
 
 pytestmark = pytest.mark.distributed
 HALFWAY = 5
@@ -168,6 +168,19 @@ def test_dropout_goes_on_where_it_stopped(ranks, tmp_path):
     assert seen["losses"] == never_stopped["losses"][2:]
     assert seen["norms"] == never_stopped["norms"][2:]
     assert all((seen["weights"][name] == value).all() for name, value in never_stopped["weights"].items())
+
+
+def test_a_job_that_has_skipped_all_steps_so_far_goes_on(ranks, tmp_path):
+    """fp16 looks for its loss scale first: no optimizer has made a step, or has states, by then."""
+    steps = {"train-iters": 11, "lr-warmup-iters": 0}
+    whole = {**steps, "save": str(tmp_path), "save-interval": 3}
+    expected = ranks(1).run(train, case("sought", "fp16", "tp1", ["tp1"] * 4, arguments=whole))[0]
+    assert expected["skipped"][:3] == [1, 1, 1] and expected["skipped"][-1] == 0
+    resumed = {**steps, "load": str(tmp_path), "ckpt-step": 3, "override-opt-param-scheduler": True}
+    made = case("found", "fp16", "tp1 zero2", ["tp1 zero2", "tp1", "tp1 zero3", "tp1"], arguments=resumed)
+    seen = ranks(1).run(train, made)[0]
+    assert seen["skipped"] == expected["skipped"][3:]
+    assert relative(seen["losses"], expected["losses"][3:]) < 2e-3
 
 
 def test_main_weights_of_bf16_survive(ranks, saved):

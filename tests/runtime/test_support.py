@@ -39,12 +39,18 @@ def arguments(**changes):
         "optimizer": "adam",
         "ckpt_format": "torch_dist",
         "cuda_graph_impl": "none",
+        "fp16": False,
+        "bf16": False,
     }
     return Namespace(**(values | changes))
 
 
 def test_a_mixed_plan_runs():
     check_supported(plan(ONE, TWO), arguments())
+
+
+def test_losses_of_narrow_gradients_are_scaled():
+    check_supported(plan(ONE, TWO), arguments(loss_scale=8.0, bf16=True))
 
 
 def test_a_plan_of_stock_megatron_is_not_questioned():
@@ -80,6 +86,7 @@ def test_a_plan_of_stock_megatron_is_not_questioned():
         ("use_tp_pp_dp_mapping", True),
         ("ckpt_format", "torch"),
         ("tp_comm_overlap", True),
+        ("loss_scale", 8.0),
     ],
 )
 def test_arguments_in_the_way_are_named(name, value):
