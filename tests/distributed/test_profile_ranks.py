@@ -66,7 +66,7 @@ def measure(
         8,
         micro_batch_sizes=sizes,
         tps=tps,
-        ulysses=[2] if world_size > 1 else [],
+        ulysses=[2] if world_size > 1 and tps is None else [],
         host_step=True,
     )
     groups = len(dist.distributed_c10d._world.pg_map)
