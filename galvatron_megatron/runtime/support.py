@@ -122,7 +122,7 @@ def check_supported(plan: Plan, args: Any) -> None:
     _check_arguments(args)
     if getattr(args, "loss_scale", None) and not (args.fp16 or args.bf16):
         raise UnsupportedPlanError(
-            f"--loss-scale {args.loss_scale}: losses are scaled in narrow formats; valid: --bf16, --fp16 or none"
+            f"--loss-scale {args.loss_scale}: losses in fp32 are not scaled; valid: --bf16, --fp16 or none"
         )
     evaluated = getattr(args, "eval_micro_batch_size", None)
     if evaluated is not None and evaluated != args.micro_batch_size:
