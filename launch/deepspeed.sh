@@ -6,12 +6,13 @@
 # On several nodes either once, from any of them, with HOSTFILE (lines "node slots=8") and ssh between them; or,
 # without ssh, on each of them with the same HOSTFILE and MASTER_ADDR and, by node, NODE_RANK.
 #
-# RANKS_PER_NODE  processes on this node, without HOSTFILE (default: the GPUs that nvidia-smi lists, else 1)
-# HOSTFILE, NODE_RANK, MASTER_ADDR, MASTER_PORT  as above; NODE_RANK says: no ssh
+# RANKS_PER_NODE  processes on this node, without HOSTFILE (default: the GPUs in CUDA_VISIBLE_DEVICES, else those
+#                 that nvidia-smi lists, else 1)
+# HOSTFILE, NODE_RANK, MASTER_ADDR, MASTER_PORT  as above; NODE_RANK, or a HOSTFILE of this node alone: no ssh
 # DRY_RUN=1       prints the command instead of running it
 set -euo pipefail
 if [ $# -eq 0 ]; then
-  sed -n '2,13s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 stop() { echo "launch/deepspeed.sh: $*" >&2; exit 2; }
@@ -27,6 +28,13 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 if [ -n "${HOSTFILE:-}" ]; then
   [ -r "$HOSTFILE" ] || stop "HOSTFILE: $HOSTFILE cannot be read; valid: lines such as 'node0 slots=8'"
   where=(--hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}")
+  hosts=$(awk '!/^[[:space:]]*(#|$)/ { print $1 }' "$HOSTFILE")
+  if [ -z "${NODE_RANK:-}" ] && [ -n "$hosts" ] && [ "$(wc -l <<<"$hosts")" -eq 1 ]; then
+    # deepspeed would ask for ssh even to the node it runs on.
+    for name in localhost 127.0.0.1 "$(hostname)" "$(hostname -s)" $(hostname -I 2>/dev/null); do
+      if [ "$hosts" = "$name" ]; then NODE_RANK=0 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}; fi
+    done
+  fi
   if [ -n "${NODE_RANK:-}" ]; then
     [ -n "${MASTER_ADDR:-}" ] || stop "MASTER_ADDR: not set; valid with NODE_RANK: the first node's name"
     where+=(--no_ssh --node_rank "$NODE_RANK")
@@ -34,12 +42,29 @@ if [ -n "${HOSTFILE:-}" ]; then
   [ -z "${MASTER_ADDR:-}" ] || where+=(--master_addr "$MASTER_ADDR")
 else
   [ -z "${NODE_RANK:-}" ] || stop "NODE_RANK: $NODE_RANK without HOSTFILE, which lists the nodes"
-  if [ -z "${RANKS_PER_NODE:-}" ]; then
-    RANKS_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
-    [ "$RANKS_PER_NODE" -gt 0 ] || RANKS_PER_NODE=1
+  if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+    # With --num_gpus, deepspeed would take the first GPUs of the node, whoever they were given to.
+    IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+    [[ "$CUDA_VISIBLE_DEVICES" =~ ^[0-9,]+$ ]] || stop "CUDA_VISIBLE_DEVICES: $CUDA_VISIBLE_DEVICES; the deepspeed launcher takes numbers alone; valid: such as 0,1, or launch/torchrun.sh"
+    ranks=${RANKS_PER_NODE:-${#gpus[@]}}
+    [ "$ranks" -le "${#gpus[@]}" ] || stop "RANKS_PER_NODE: $ranks, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES; valid: at most ${#gpus[@]}"
+    CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:0:$ranks}")
+    export CUDA_VISIBLE_DEVICES
+    where=()
+  else
+    if [ -z "${RANKS_PER_NODE:-}" ]; then
+      RANKS_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+      [ "$RANKS_PER_NODE" -gt 0 ] || RANKS_PER_NODE=1
+    fi
+    where=(--num_gpus "$RANKS_PER_NODE")
   fi
   # Any free port: several jobs may run on one machine.
-  where=(--num_gpus "$RANKS_PER_NODE" --master_addr 127.0.0.1 --master_port "${MASTER_PORT:-$(free_port)}")
+  where+=(--master_addr 127.0.0.1 --master_port "${MASTER_PORT:-$(free_port)}")
 fi
-if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "${start[@]}" "${where[@]}" "$@"; echo; exit 0; fi
+if [ -n "${DRY_RUN:-}" ]; then
+  [ -z "${CUDA_VISIBLE_DEVICES:-}" ] || printf 'CUDA_VISIBLE_DEVICES=%s ' "$CUDA_VISIBLE_DEVICES"
+  printf '%q ' "${start[@]}" "${where[@]}" "$@"
+  echo
+  exit 0
+fi
 exec "${start[@]}" "${where[@]}" "$@"

@@ -6,14 +6,18 @@
 # On several nodes run it on each, with the same MASTER_ADDR and, by node, NODE_RANK:
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 launch/torchrun.sh ...
 #
-# RANKS_PER_NODE  processes on this node (default: the GPUs that nvidia-smi lists, else 1)
+# RANKS_PER_NODE  processes on this node (default: the GPUs in CUDA_VISIBLE_DEVICES, else those that nvidia-smi
+#                 lists, else 1)
 # NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT  as torchrun has them
 set -euo pipefail
 if [ $# -eq 0 ]; then
-  sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
-if [ -z "${RANKS_PER_NODE:-}" ]; then
+if [ -z "${RANKS_PER_NODE:-}" ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+  IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+  RANKS_PER_NODE=${#gpus[@]}
+elif [ -z "${RANKS_PER_NODE:-}" ]; then
   RANKS_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
   [ "$RANKS_PER_NODE" -gt 0 ] || RANKS_PER_NODE=1
 fi

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,13 @@ def test_bash_can_read_it(script: Path) -> None:
         ("deepspeed.sh", [], {}, "launch/deepspeed.sh pretrain_gpt.py"),
         ("deepspeed.sh", ["x.py"], {"HOSTFILE": "/nowhere"}, "HOSTFILE: /nowhere cannot be read"),
         ("deepspeed.sh", ["x.py"], {"NODE_RANK": "1"}, "NODE_RANK: 1 without HOSTFILE"),
+        (
+            "deepspeed.sh",
+            ["x.py"],
+            {"CUDA_VISIBLE_DEVICES": "2,3", "RANKS_PER_NODE": "3"},
+            "RANKS_PER_NODE: 3, but CUDA_VISIBLE_DEVICES=2,3; valid: at most 2",
+        ),
+        ("deepspeed.sh", ["x.py"], {"CUDA_VISIBLE_DEVICES": "GPU-12ab"}, "takes numbers alone"),
         ("slurm.sbatch", ["x.py"], {}, "not in a Slurm job"),
         ("slurm.sbatch", [], {"SLURM_JOB_ID": "1"}, "no script"),
         ("pbs.sh", ["x.py"], {}, "not in a PBS job"),
@@ -65,6 +73,37 @@ def test_deepspeed_commands(tmp_path: Path) -> None:
     words = shlex.split(run("deepspeed.sh", "x.py", NODE_RANK="1", **settings).stdout)
     assert words[words.index("--no_ssh") :][:3] == ["--no_ssh", "--node_rank", "1"]
     assert "--no_ssh" not in run("deepspeed.sh", "x.py", **settings).stdout
+
+
+def test_devices_given_to_a_job_are_those_it_runs_on(tmp_path: Path) -> None:
+    """A stand-in for nvidia-smi lists four; a rank is started for each of the job's two."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf 'GPU 0\\nGPU 1\\nGPU 2\\nGPU 3\\n'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    all_of_them = run("deepspeed.sh", "x.py", DRY_RUN="1", PATH=path).stdout
+    assert "--num_gpus 4 " in all_of_them
+    for ranks, taken in (("", "2,3"), ("2", "2,3"), ("1", "2")):
+        settings = {"DRY_RUN": "1", "CUDA_VISIBLE_DEVICES": "2,3", "RANKS_PER_NODE": ranks, "PATH": path}
+        command = run("deepspeed.sh", "x.py", **settings).stdout
+        # Without --num_gpus the launcher itself takes the devices that the variable names.
+        assert command.startswith(f"CUDA_VISIBLE_DEVICES={taken} ") and "--num_gpus" not in command
+    (tmp_path / "show.py").write_text(SHOW)
+    done = run("torchrun.sh", str(tmp_path / "show.py"), CUDA_VISIBLE_DEVICES="2,3", PATH=path)
+    ranks = sorted(line.split()[:3] for line in done.stdout.splitlines() if line.startswith("SAW"))
+    assert ranks == [["SAW", "0", "2"], ["SAW", "1", "2"]], done.stderr
+
+
+def test_a_hostfile_of_this_node_alone_needs_no_ssh(tmp_path: Path) -> None:
+    (tmp_path / "show.py").write_text(SHOW)
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# this one\nlocalhost slots=2\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    done = run("deepspeed.sh", str(tmp_path / "show.py"), HOSTFILE=str(hosts), MASTER_PORT=port)
+    assert done.returncode == 0 and done.stdout.count("SAW") == 2, done.stderr
+    hosts.write_text("elsewhere slots=2\n")
+    assert "--no_ssh" not in run("deepspeed.sh", "x.py", HOSTFILE=str(hosts), DRY_RUN="1").stdout
 
 
 def test_slurm_tasks_know_their_ranks(tmp_path: Path) -> None:
