@@ -63,14 +63,25 @@ def _deepspeed(plan: Plan, model: Model | None, arguments: argparse.Namespace, t
 
     Returns:
         What to print beside it.
+
+    Raises:
+        PlanError: the plan is more than ``deepspeed.initialize``, or Megatron-DeepSpeed, can run.
     """
+    if arguments.megatron_deepspeed is None and plan.pp > 1:
+        raise PlanError(
+            f"--deepspeed: pp {plan.pp}, which deepspeed.initialize cannot run around a Megatron model; valid: "
+            "a plan with pp 1, --megatron-deepspeed, or Megatron's own arguments (without --deepspeed)"
+        )
     document = deepspeed_config(
         plan,
         precision=arguments.precision or (model.precision if model is not None else "bf16"),
         clip_grad=1.0 if arguments.clip_grad is None else arguments.clip_grad,
         model=model,
     )
-    words = megatron_deepspeed_arguments(plan, target) if arguments.megatron_deepspeed is not None else []
+    words = []
+    if arguments.megatron_deepspeed is not None:
+        stage = document["zero_optimization"]["stage"]
+        words = megatron_deepspeed_arguments(plan, target, stage=stage)
     write_document(deepspeed_json(document), target)
     return shell_line(words) + "\n" if words else ""
 

@@ -16,12 +16,13 @@ COMMIT = "4efb479d5317ce9b86096b9d8e3e8030b0b5263b"
 """The commit whose arguments were read (main of July 2025)."""
 
 
-def megatron_deepspeed_arguments(plan: Plan, config: Path | str) -> list[str]:
+def megatron_deepspeed_arguments(plan: Plan, config: Path | str, *, stage: int | None = None) -> list[str]:
     """The words of a Megatron-DeepSpeed command line for a plan.
 
     Args:
         plan: in which all layers run alike.
         config: DeepSpeed's configuration file, as the command line is to name it.
+        stage: ZeRO stage that the file says; the plan's by default.
 
     Raises:
         PlanError: Megatron-DeepSpeed cannot run the plan; names the field and the nearest valid choice.
@@ -46,7 +47,7 @@ def megatron_deepspeed_arguments(plan: Plan, config: Path | str) -> list[str]:
         *("--micro-batch-size", str(plan.micro_batch_size)),
         *("--global-batch-size", str(plan.global_batch_size)),
         *("--deepspeed", "--deepspeed_config", str(config)),
-        *("--zero-stage", str(strategy.zero)),
+        *("--zero-stage", str(strategy.zero if stage is None else stage)),
     ]
     if plan.pp == 1:
         # Otherwise its pipeline engine runs the single stage, and refuses ZeRO 2 and 3.

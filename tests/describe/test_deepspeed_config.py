@@ -161,6 +161,24 @@ def test_flags_are_those_that_megatron_deepspeed_has() -> None:
             assert f"'{flag}'" in text or f'"{flag}"' in text, flag
 
 
+def test_a_pipeline_is_not_for_deepspeed_alone(tmp_path: Path, capsys) -> None:
+    plan, out = tmp_path / "plan.yaml", tmp_path / "ds.json"
+    write_plan(plan_of(Strategy(dp=4, zero=1), stages=(4, 4)), plan)
+    assert main(["export", str(plan), "--deepspeed", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "--deepspeed: pp 2" in error and "--megatron-deepspeed" in error and not out.exists()
+    assert main(["export", str(plan), "--megatron-deepspeed", str(out)]) == 0 and out.exists()
+
+
+def test_flag_and_file_say_the_same_stage(tmp_path: Path, capsys) -> None:
+    """A lone replica in bf16 runs stage 1 where the plan says 0."""
+    plan, out = tmp_path / "plan.yaml", tmp_path / "ds.json"
+    write_plan(plan_of(Strategy(tp=4)), plan)
+    assert main(["export", str(plan), "--megatron-deepspeed", str(out)]) == 0
+    assert json.loads(out.read_text())["zero_optimization"]["stage"] == 1
+    assert "--zero-stage 1" in capsys.readouterr().out
+
+
 def test_the_command_writes_the_file_and_prints_the_flags(tmp_path: Path, capsys) -> None:
     plan, out = tmp_path / "plan.yaml", tmp_path / "ds.json"
     write_plan(plan_of(Strategy(dp=4, zero=2)), plan)
