@@ -48,6 +48,8 @@ class PlannedJob:
         self._validate = validate
         self._channel = Channel(args.rank, args.world_size)
         self.decision: Decision | None = None
+        self._universal: str | None = None
+        """DeepSpeed's checkpoint that is to be read."""
 
     def plan(self) -> None:
         """Finds the plan and sets Megatron's arguments to it; ends the job where only the plan is wanted.
@@ -61,7 +63,7 @@ class PlannedJob:
             print(f"galvatron: {warning}", file=sys.stderr, flush=True)
         if options.load_universal is not None:
             # Before anything is measured for a job that could not go on.
-            self._channel.share(lambda: UniversalCheckpoint(options.load_universal).iteration() and None)
+            self._universal = self._channel.share(lambda: universal_to_read(args, options.load_universal))
         # Every rank reads the same command line; rank 0 is the one to complain about it.
         made: list[JobPlanner] = []
         self._channel.share(lambda: made.append(self._planner()))
@@ -89,7 +91,7 @@ class PlannedJob:
             GalvatronError: the plan cannot run here.
         """
         # Also a plan that Megatron runs by itself: what it saves must load under the plan of a later job.
-        universal = self._options.load_universal
+        universal = self._universal
         if not is_left_to_megatron(self.decision.plan, args) or args.save or args.load or universal:
             from galvatron_megatron.runtime import attach
 
@@ -103,7 +105,9 @@ class PlannedJob:
         from megatron.training import training
 
         if universal is not None:
-            go_on_from(universal, training, args)
+            # It has no checkpoint yet, which --exit-on-missing-checkpoint would end the job for.
+            args.load = None
+            go_on_from(Path(universal), training, args)
         Measurement(self.decision, self._channel, args.train_iters, self._options.report).install(training)
 
     def _planner(self) -> JobPlanner:
@@ -114,6 +118,32 @@ class PlannedJob:
     def _save(self) -> None:
         if self._options.save_plan is not None:
             write_plan(self.decision.plan, self._options.save_plan)
+
+
+def universal_to_read(args: Namespace, universal: Path) -> str | None:
+    """Where a job goes on from that may have gone on before.
+
+    A job that is started again by the same command line has a checkpoint of its own by then.
+
+    Args:
+        args: Megatron's parsed arguments.
+        universal: folder of the universal checkpoint.
+
+    Returns:
+        The folder; None where ``--load`` holds a checkpoint of Megatron.
+
+    Raises:
+        PlanError: the universal checkpoint is to be read and cannot be.
+    """
+    from megatron.training.checkpointing import checkpoint_exists
+
+    if checkpoint_exists(args.load):
+        print(
+            f"galvatron: --load {args.load} holds a checkpoint; the universal one is not read again", flush=True
+        )
+        return None
+    UniversalCheckpoint(universal).iteration()
+    return str(universal)
 
 
 def go_on_from(universal: Path, training: ModuleType, args: Namespace) -> None:

@@ -75,7 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--galvatron-load-universal",
         metavar="DIRECTORY",
         help="Go on from DeepSpeed's universal checkpoint in DIRECTORY (the output of ds_to_universal), "
-        "instead of from Megatron's own by --load. With a plan.",
+        "until the job has a checkpoint of its own in --load. With a plan.",
     )
     group.add_argument(
         "--galvatron-zero-backend",
@@ -206,7 +206,6 @@ class Options:
 _OF_A_SEARCH = ("memory_gb", "again", "uniform", "offload")
 _OF_A_PLAN = ("plan_only", "save_plan", "profile_dir", "report", "load_universal")
 _BESIDE_UNIVERSAL = (
-    ("load", "both say where to go on from"),
     ("pretrained_checkpoint", "both say where to go on from"),
     ("finetune", "takes weights alone"),
     ("no_load_optim", "takes weights alone"),

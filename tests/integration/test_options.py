@@ -83,7 +83,7 @@ def test_what_may_lie_in_host_memory_is_read(offload):
     assert read("--galvatron-auto", "--galvatron-offload", offload.value).offload is offload
 
 
-@pytest.mark.parametrize("other", ["load", "pretrained_checkpoint", "finetune", "no_load_optim", "skip_train"])
+@pytest.mark.parametrize("other", ["pretrained_checkpoint", "finetune", "no_load_optim", "skip_train"])
 def test_a_universal_checkpoint_is_refused_beside_what_contradicts_it(other):
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_options(parser)
