@@ -42,6 +42,9 @@ def _names_cuda(device: object) -> bool:
     return isinstance(device, torch.device) and device.type == "cuda"
 
 
+_VARIABLES = {"TORCHDYNAMO_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
+"""Set while installed: for what is imported later. DeepSpeed would take the stand-ins for a device."""
+
 _REDIRECTED = frozenset(
     (torch.Tensor.cuda, torch.Tensor.pin_memory, torch.Tensor.to, torch.Tensor.type, torch.Tensor.backward)
 )
@@ -115,6 +118,7 @@ class CpuDevice:
             )
         # torch.compile would trace through the redirection, and compiling costs more than it gives here.
         self._disable_compile()
+        self._set_variables()
         self.memory = MemoryCounters()
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
         for name, value in stand_ins(max(ranks_here, 1), self.memory).items():
@@ -136,18 +140,20 @@ class CpuDevice:
         return self
 
     def _disable_compile(self) -> None:
-        self._compile_variable = os.environ.get("TORCHDYNAMO_DISABLE")
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"
         # Megatron's modules may be imported already, and their functions wrapped; a wrapped function asks for
         # the stance first, while dynamo.config.disable is looked at behind tables that know torch's own names.
         self._stance = torch.compiler.set_stance("force_eager")
 
-    def _restore_compile(self) -> None:
-        if self._compile_variable is None:
-            os.environ.pop("TORCHDYNAMO_DISABLE", None)
-        else:
-            os.environ["TORCHDYNAMO_DISABLE"] = self._compile_variable
-        self._stance.__exit__(None, None, None)
+    def _set_variables(self) -> None:
+        self._variables = {name: os.environ.get(name) for name in _VARIABLES}
+        os.environ |= _VARIABLES
+
+    def _restore_variables(self) -> None:
+        for name, value in self._variables.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
     def uninstall(self) -> None:
         """Puts everything back; does nothing where it is not installed."""
@@ -156,7 +162,8 @@ class CpuDevice:
         self._mode.__exit__(None, None, None)
         self._mode = None
         self._patches.undo()
-        self._restore_compile()
+        self._restore_variables()
+        self._stance.__exit__(None, None, None)
 
     def __enter__(self) -> "CpuDevice":
         return self.install()

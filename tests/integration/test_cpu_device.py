@@ -19,9 +19,11 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine 
 def test_cuda_means_cpu_inside_and_nothing_stays_behind():
     before = dict(vars(torch.cuda))
     accelerator = dict(vars(torch.accelerator))
-    compile_before = os.environ.get("TORCHDYNAMO_DISABLE")
+    names = ("TORCHDYNAMO_DISABLE", "DS_ACCELERATOR")
+    variables = [os.environ.get(name) for name in names]
     with CpuDevice():
         assert torch.cuda.is_available() and torch.cuda.current_device() == 0
+        assert [os.environ[name] for name in names] == ["1", "cpu"]
         for device in ("cuda", "cuda:0", 0, torch.device("cuda", 0), torch.cuda.current_device()):
             assert torch.ones(2, device=device).device.type == "cpu"
             assert torch.ones(2).to(device).device.type == "cpu"
@@ -41,7 +43,7 @@ def test_cuda_means_cpu_inside_and_nothing_stays_behind():
     # Torch itself may have imported more of its modules.
     assert {name: vars(torch.cuda).get(name) for name in before} == before
     assert dict(vars(torch.accelerator)) == accelerator
-    assert os.environ.get("TORCHDYNAMO_DISABLE") == compile_before
+    assert [os.environ.get(name) for name in names] == variables
     assert not torch.cuda.is_available()
     with pytest.raises((AssertionError, RuntimeError)):
         torch.ones(2, device="cuda")
