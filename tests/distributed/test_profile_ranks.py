@@ -47,6 +47,7 @@ def measure(
     *more: str,
     sizes: tuple[int, ...] = (1, 2),
     tps: tuple[int, ...] | None = None,
+    ulysses: tuple[int, ...] = (2,),
 ):
     """Profiles; returns model, profile, cluster and seconds."""
     import torch
@@ -66,7 +67,7 @@ def measure(
         8,
         micro_batch_sizes=sizes,
         tps=tps,
-        ulysses=[2] if world_size > 1 and tps is None else [],
+        ulysses=ulysses if world_size > 1 else (),
         host_step=True,
     )
     groups = len(dist.distributed_c10d._world.pg_map)
@@ -186,7 +187,7 @@ def test_a_damaged_profile_is_measured_again_on_the_next_run(ranks, first, tmp_p
     profile = first[1][0][1]
     path = profile_path(tmp_path, profile.fingerprint())
     path.write_text(profile_path(first[0], profile.fingerprint()).read_text()[:1000])
-    again = ranks(2).run(measure, str(tmp_path), sizes=(1,), tps=(1,))[0][1]
+    again = ranks(2).run(measure, str(tmp_path), sizes=(1,), tps=(1,), ulysses=())[0][1]
     assert {p.key for p in again.parts} == {
         p.key for p in profile.parts if p.tp == 1 and p.micro_batch_size == 1
     }
