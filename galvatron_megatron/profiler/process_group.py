@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -146,3 +146,17 @@ def gather(value: Any) -> list[Any]:
     box: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return box
+
+
+def on_rank_zero[T](work: Callable[[], T]) -> T:
+    """Runs work on rank 0 and gives every rank its answer, or raises its error on every rank."""
+    answer: tuple[Any, str] = (None, "")
+    if dist.get_rank() == 0:
+        try:
+            answer = (work(), "")
+        except GalvatronError as error:
+            answer = (None, str(error))
+    value, message = agree(answer)
+    if message:
+        raise GalvatronError(message)
+    return value
