@@ -25,6 +25,14 @@ FEWEST_LONG = 2
 """Long passes that a round times."""
 
 
+SPANS = {
+    EMBEDDING: (("start", "decoder"), ("layers_done", "end")),
+    "layer": (("decoder", "norm"), ("head_done", "layers_done")),
+    HEAD: (("norm", "loss"), ("loss", "head_done")),
+}
+"""Boundaries of the forward and of the backward pass of every part, as ``run_once`` names them."""
+
+
 @dataclass(kw_only=True, frozen=True, slots=True)
 class _Batch:
     tokens: torch.Tensor
@@ -229,18 +237,15 @@ class PartMeasurement:
         repeats = max(int(min(20, budget_seconds / seconds)), FEWEST_LONG - 1)
         runs += [run_once(self.few, batch, clock.mark) for _ in range(repeats)]
         clock.synchronize()
-        for part, spans in self._spans().items():
+        for part, spans in SPANS.items():
             for run in runs:
-                for phase, (start, end) in zip(("forward", "backward"), spans[:2], strict=True):
-                    self._samples[part, phase].append(clock.seconds(run[start], run[end]) / spans[2])
+                for phase, (start, end) in zip(("forward", "backward"), spans, strict=True):
+                    seconds = clock.seconds(run[start], run[end])
+                    self._samples[part, phase].append(seconds / self._count(part))
 
-    def _spans(self) -> dict[str, tuple[tuple[str, str], tuple[str, str], int]]:
-        """Boundaries of forward and backward of every part, and how many of the part lie between."""
-        return {
-            EMBEDDING: (("start", "decoder"), ("layers_done", "end"), 1),
-            "layer": (("decoder", "norm"), ("head_done", "layers_done"), self.few.layers),
-            HEAD: (("norm", "loss"), ("loss", "head_done"), 1),
-        }
+    def _count(self, part: str) -> int:
+        """How many of a part lie between its boundaries."""
+        return self.few.layers if part == "layer" else 1
 
     def _numbers(self) -> dict[str, dict[str, float]]:
         """This rank's result for every part."""
@@ -248,14 +253,14 @@ class PartMeasurement:
         held = {name: now for name, (now, _) in self._memory.items()}
         peak = {name: peak for name, (_, peak) in self._memory.items()}
         result = {}
-        for part, (forward, backward, count) in self._spans().items():
+        for part, (forward, backward) in SPANS.items():
             kept = max(held[forward[1]] - held[forward[0]], 0)
             above = max(peak[forward[1]], peak[backward[1]]) - held[forward[1]]
             phases = {name: typical(self._samples[part, name]) for name in ("forward", "backward")}
             result[part] = {
                 **{name: seconds for name, (seconds, _) in phases.items()},
                 "spread": max(spread for _, spread in phases.values()),
-                "kept": kept // count,
+                "kept": kept // self._count(part),
                 "transient": max(above, 0),
             }
         return result

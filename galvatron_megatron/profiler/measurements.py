@@ -33,7 +33,7 @@ from galvatron_megatron.profiler.missing import Build, Missing
 from galvatron_megatron.profiler.needs import ProfileNeeds
 from galvatron_megatron.profiler.optimizer import measure_step
 from galvatron_megatron.profiler.overlap import measure_overlap
-from galvatron_megatron.profiler.process_group import agree, gather, on_rank_zero
+from galvatron_megatron.profiler.process_group import agree, any_reason, on_rank_zero
 from galvatron_megatron.profiler.progress import Progress
 from galvatron_megatron.profiler.stragglers import straggler_note
 from galvatron_megatron.profiler.topology import nodes_of_group
@@ -62,6 +62,10 @@ class Measurements:
         directory: Path,
         defaults: dict[str, Any],
         profile: Profile,
+        *,
+        nodes: list[str],
+        progress: Progress,
+        seconds_per_point: float,
     ) -> None:
         """Starts with what is known.
 
@@ -72,6 +76,9 @@ class Measurements:
             directory: the profile store.
             defaults: the training script's ``args_defaults``.
             profile: what is measured.
+            nodes: of the ranks.
+            progress: told what is being measured.
+            seconds_per_point: time for the repeats of one setting.
         """
         self.model = model
         self.arguments = arguments
@@ -79,9 +86,9 @@ class Measurements:
         self.directory = directory
         self.defaults = defaults
         self.profile = profile
-        self.seconds_per_point = 0.25
-        self.nodes: list[str] = []
-        self.progress = Progress(show=False)
+        self.nodes = nodes
+        self.progress = progress
+        self.seconds_per_point = seconds_per_point
         self._world = profile.provenance.world_size
 
     def stored_text(self, again: bool) -> tuple[str, str]:
@@ -157,7 +164,7 @@ class Measurements:
         except (GalvatronError, *REFUSALS) as error:
             reason = refusal(error)
         # A lost rank looks like a refusal to the others, which notice here.
-        if reason := next((found for found in gather(reason) if found), ""):
+        if reason := any_reason(reason):
             points = [EnginePoint(part=name, zero=zero, failure=reason) for zero in STAGES]
         notes = (f"ZeRO 2 and 3, {item}: engines not measured, {reason}",) if reason else ()
         self.keep(engines=tuple(points), notes=notes)
@@ -201,7 +208,7 @@ class Measurements:
             except REFUSALS as error:
                 reason = refusal(error)
             # Memory may have run out on one rank alone; all give up together.
-            reason = next((found for found in gather(reason) if found), "")
+            reason = any_reason(reason)
             if few is None or reason:
                 self._keep_failure(item, name, reason)
                 return

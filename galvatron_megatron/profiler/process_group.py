@@ -148,6 +148,15 @@ def gather(value: Any) -> list[Any]:
     return box
 
 
+def any_reason(reason: str) -> str:
+    """Why some rank cannot go on, the same on every rank; empty where all can.
+
+    Args:
+        reason: this rank's, or "".
+    """
+    return next((found for found in gather(reason) if found), "")
+
+
 def on_rank_zero[T](work: Callable[[], T]) -> T:
     """Runs work on rank 0 and gives every rank its answer, or raises its error on every rank."""
     answer: tuple[Any, str] = (None, "")

@@ -93,16 +93,21 @@ def profile_live_ranks(
         switches = switches_of(arguments)
         provenance = provenance_of_ranks(shape_digest(model), backend, facts, switches=switches)
         run = Measurements(
-            model, arguments, needs, directory, dict(args_defaults or {}), Profile(provenance=provenance)
+            model,
+            arguments,
+            needs,
+            directory,
+            dict(args_defaults or {}),
+            Profile(provenance=provenance),
+            nodes=[entry.node for entry in facts],
+            progress=progress,
+            seconds_per_point=seconds_per_point,
         )
-        run.seconds_per_point = seconds_per_point
-        run.nodes = [entry.node for entry in facts]
         text, note = on_rank_zero(lambda: run.stored_text(again))
         if text:
             run.profile = from_json(text, str(directory))
         if note:
             progress.note(note)
-        run.progress = progress
         if run.missing.anything():
             # Before minutes of measurements; a read-only store that holds all of them serves as it is.
             on_rank_zero(lambda: str(check_directory(directory, lacks="measurements of this job")))

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from galvatron_megatron.describe.profile import EMBEDDING, HEAD, EnginePoint
+from galvatron_megatron.describe.profile import EnginePoint
 from galvatron_megatron.device import on_cpu
 from galvatron_megatron.profiler.few_layers import FewLayers, bare_model
-from galvatron_megatron.profiler.layers import make_batch, parameter_counts, run_once
+from galvatron_megatron.profiler.layers import SPANS, make_batch, parameter_counts, run_once
 from galvatron_megatron.profiler.process_group import gather
 
 STAGES = (2, 3)
@@ -21,11 +21,6 @@ LARGEST_PARAMETERS = 32 << 20
 _TOKENS = 16
 """So few that computing takes little; the engines' time does not depend on them."""
 _WARM_UP, _REPEATS = 2, 5
-_SPANS = {
-    EMBEDDING: (("start", "decoder"), ("layers_done", "end")),
-    "layer": (("decoder", "norm"), ("head_done", "layers_done")),
-    HEAD: (("norm", "loss"), ("loss", "head_done")),
-}
 
 Passes = dict[str, tuple[float, float]]
 """Seconds forward and backward by part."""
@@ -65,7 +60,7 @@ def measure_engines(arguments: Namespace, layer_name: str) -> list[EnginePoint]:
     points = []
     for zero in STAGES:
         with_engine = _with_engine(_few(arguments), shares, zero)
-        for part in _SPANS:
+        for part in SPANS:
             more = [max(0.0, a - b) for a, b in zip(with_engine[part], plain[part], strict=True)]
             forward, backward = (fmean(values) for values in zip(*gather(more), strict=True))
             points.append(
@@ -96,7 +91,7 @@ def _passes(few: FewLayers, shares: dict[str, float], end: Callable[[], None]) -
         end: called behind every backward pass; parts share its time as they share parameters.
     """
     batch = make_batch(few, 1, min(_TOKENS, few.arguments.seq_length))
-    samples: dict[tuple[str, int], list[float]] = {(part, side): [] for part in _SPANS for side in (0, 1)}
+    samples: dict[tuple[str, int], list[float]] = {(part, side): [] for part in SPANS for side in (0, 1)}
     for number in range(_WARM_UP + _REPEATS):
         seen = run_once(few, batch, time.thread_time)
         ending = time.thread_time()
@@ -105,11 +100,11 @@ def _passes(few: FewLayers, shares: dict[str, float], end: Callable[[], None]) -
         few.module.zero_grad(set_to_none=True)
         if number < _WARM_UP:
             continue
-        for part, spans in _SPANS.items():
+        for part, spans in SPANS.items():
             for side, (first, last) in enumerate(spans):
                 shared = side * ending * shares[part]
                 samples[part, side].append(seen[last] - seen[first] + shared)
-    return {part: (median(samples[part, 0]), median(samples[part, 1])) for part in _SPANS}
+    return {part: (median(samples[part, 0]), median(samples[part, 1])) for part in SPANS}
 
 
 def _with_engine(few: FewLayers, shares: dict[str, float], zero: int) -> Passes:
