@@ -5,7 +5,6 @@ used. ZeRO 2 and 3, and whatever keeps states in host memory, are DeepSpeed's, o
 parameters and model chunk.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from galvatron_megatron.device import on_cpu
 from galvatron_megatron.errors import UnsupportedPlanError
 from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
 from galvatron_megatron.plan.plan import Plan
@@ -82,9 +80,6 @@ def is_left_to_megatron(plan: Plan, args: Any) -> bool:
 
 def import_engines() -> ModuleType:
     """Imports what drives DeepSpeed, on the device that Megatron's tensors are on; connects to its groups."""
-    if on_cpu():
-        # On CPU ranks torch.cuda answers in place of a device, which DeepSpeed would take for one.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from galvatron_megatron.runtime import zero_engines
 
     zero_engines.connect()

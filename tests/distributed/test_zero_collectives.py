@@ -48,9 +48,6 @@ def count_collectives(rank, world_size, cases, micro_batches):
     Then how many reductions of that micro-batch start before the last layer of its backward pass, and the bytes
     of the buckets in which gradients are reduced.
     """
-    import os
-
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.comm as deepspeed_comm
     import torch
     import torch.distributed as dist
