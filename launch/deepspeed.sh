@@ -25,10 +25,10 @@ else
 fi
 # Megatron wants it for tensor parallelism: kernels start in the order they were issued.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}"
 if [ -n "${HOSTFILE:-}" ]; then
   [ -r "$HOSTFILE" ] || stop "HOSTFILE: $HOSTFILE cannot be read; valid: lines such as 'node0 slots=8'"
   if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-    IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
     [ "$CUDA_VISIBLE_DEVICES" = "$(seq -s, 0 $((${#gpus[@]} - 1)))" ] || stop "CUDA_VISIBLE_DEVICES: $CUDA_VISIBLE_DEVICES beside HOSTFILE, whose slots are the first devices of a node; valid: one of them"
   fi
   where=(--hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}")
@@ -48,7 +48,6 @@ else
   [ -z "${NODE_RANK:-}" ] || stop "NODE_RANK: $NODE_RANK without HOSTFILE, which lists the nodes"
   if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
     # With --num_gpus, deepspeed would take the first GPUs of the node, whoever they were given to.
-    IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
     [[ "$CUDA_VISIBLE_DEVICES" =~ ^[0-9]+(,[0-9]+)*$ ]] || stop "CUDA_VISIBLE_DEVICES: $CUDA_VISIBLE_DEVICES; the deepspeed launcher takes numbers alone; valid: such as 0,1, or launch/torchrun.sh"
     ranks=${RANKS_PER_NODE:-${#gpus[@]}}
     [ "$ranks" -ge 1 ] && [ "$ranks" -le "${#gpus[@]}" ] || stop "RANKS_PER_NODE: $ranks, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES; valid: 1 to ${#gpus[@]}"
