@@ -1,12 +1,9 @@
 """Jobs that are refused before anything is measured."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from programs import answer_of
 
 SIZES = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
@@ -94,16 +91,7 @@ def answers() -> list:
     lines = [(f"{SIZES} {flags}", "", {}) for flags in LINES]
     lines += [(SIZES, "", {name: value}) for name, value in CHANGING_BATCH.items()]
     lines.append((f"{SIZES} --expert-model-parallel-size 2", "plan.yaml", {}))
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(lines)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return answer_of(PROGRAM, json.dumps(lines))
 
 
 @pytest.mark.parametrize("flags", LINES)

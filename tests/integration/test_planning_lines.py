@@ -1,13 +1,11 @@
 """A job under ``--galvatron-auto`` and the commands, asked the same by one command line, answer the same."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
+from programs import answer_of
 
 from galvatron_megatron.cli import main
 from galvatron_megatron.commands.job_line import read_job_line
@@ -84,16 +82,7 @@ def words_of(name: str) -> list[str]:
 def answers(tmp_path_factory) -> tuple[dict, Path]:
     """What jobs answer, from a process of its own, and the profiles they have it from."""
     stores = tmp_path_factory.mktemp("stores")
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps({name: words_of(name) for name in LINES}), str(stores)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1]), stores
+    return answer_of(PROGRAM, json.dumps({name: words_of(name) for name in LINES}), str(stores)), stores
 
 
 def test_the_lines_change_every_switch_that_jobs_are_measured_with(answers):

@@ -1,12 +1,7 @@
 """Jobs that may keep states in host memory: when they do, and what stands in the way."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from programs import answer_of
 
 PROGRAM = """
 import json
@@ -75,16 +70,7 @@ print(json.dumps(answers))
 @pytest.fixture(scope="module")
 def answers() -> dict:
     """What the planner says, from a process of its own: it imports torch and megatron."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return answer_of(PROGRAM)
 
 
 def test_states_lie_in_host_memory_where_asked_for_and_only_that_fits(answers: dict) -> None:
