@@ -39,7 +39,7 @@ from galvatron_megatron.describe.profile_cluster import cluster_from_ranks
 from galvatron_megatron.describe.profile_store import list_profiles
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.serialization import write_plan
-from galvatron_megatron.plan.strategy import Recompute, SequenceParallel, Strategy
+from galvatron_megatron.plan.strategy import Offload, Recompute, SequenceParallel, Strategy
 from galvatron_megatron.profiler.needs import divisors, tensor_degrees
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,13 +68,26 @@ def uniform_plans(model: Model, options: argparse.Namespace) -> Iterator[Plan]:
                         layer = LayerPlan(
                             kind=model.layers[0].kind, strategy=replace(base, recompute=recompute)
                         )
-                        yield Plan(
+                        uniform = Plan(
                             pp=pp,
                             micro_batch_size=size,
                             micro_batches=options.batch // dp // size,
                             base=base,
                             stages=(StagePlan(layers=(layer,) * (len(model.layers) // pp)),) * pp,
                         )
+                        yield uniform
+                        if options.offload and zero and recompute is Recompute.NONE:
+                            yield from offloaded_plans(uniform)
+
+
+def offloaded_plans(plan: Plan) -> Iterator[Plan]:
+    """A uniform plan with what its ZeRO stage allows in host memory."""
+    for offload in (Offload.OPTIMIZER, Offload.PARAMETERS)[: 2 if plan.base.zero == 3 else 1]:
+        layer = plan.layers[0]
+        layer = replace(layer, strategy=replace(layer.strategy, offload=offload))
+        layers = (layer,) * (len(plan.layers) // plan.pp)
+        base = replace(plan.base, offload=offload)
+        yield replace(plan, base=base, stages=(StagePlan(layers=layers),) * plan.pp)
 
 
 def ulysses_plans(model: Model, options: argparse.Namespace) -> Iterator[Plan]:
@@ -180,6 +193,7 @@ def profile_request(store: Path, options: argparse.Namespace) -> dict:
         "micro_batch_sizes": options.sizes,
         "tps": None,
         "again": False,
+        "offload": options.offload,
     }
 
 
@@ -235,6 +249,7 @@ def main() -> int:
         "--zero", type=int, nargs="+", choices=(2, 3), default=[], help="ZeRO stages to try beside 0 and 1"
     )
     parser.add_argument("--ulysses", action="store_true", help="also plans with all layers under Ulysses")
+    parser.add_argument("--offload", action="store_true", help="also sharded plans with states in host memory")
     parser.add_argument("--iterations", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument(
