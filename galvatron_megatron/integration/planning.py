@@ -194,7 +194,7 @@ class JobPlanner:
             "ranks_per_node": os.environ.get("LOCAL_WORLD_SIZE", ""),
             "device": facts.device,
             "memory_bytes": facts.memory_bytes,
-            "processors": facts.processors,
+            "processors": len(facts.processors),
             "software": software_versions(),
             "backend": self.args.distributed_backend,
             "global_batch_size": self.args.global_batch_size,

@@ -29,8 +29,8 @@ class RankFacts:
     device: str
     memory_bytes: int
     """Of the rank's own device; on CPU ranks its share of the host's memory, once ranks are counted."""
-    processors: int
-    """Processor cores that the rank may use."""
+    processors: frozenset[int]
+    """Numbers of the processor cores that the rank may use."""
     multiprocessors: int
 
 
@@ -38,10 +38,11 @@ def facts_of_this_rank() -> RankFacts:
     """Looks at the rank's host and device."""
     namespace = Path("/proc/self/ns/net")
     place = namespace.readlink().name if namespace.is_symlink() else ""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    known = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = frozenset(known)
     if on_cpu():
         memory = memory_bytes()
-        device, multiprocessors = processor_name(), cores
+        device, multiprocessors = processor_name(), len(cores)
     else:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         device, memory = properties.name, properties.total_memory
@@ -85,14 +86,17 @@ def check_nodes(facts: list[RankFacts]) -> tuple[int, int]:
 def provenance_of_ranks(
     model_digest: str, backend: str, facts: list[RankFacts], *, switches: str
 ) -> Provenance:
-    """What a profile made on these ranks is filed under, without the times."""
+    """What a profile made on these ranks is filed under, without the times.
+
+    Ranks of a node may each be bound to cores of their own, so that no rank alone knows how many there are.
+    """
     nodes, ranks_per_node = check_nodes(facts)
     return Provenance(
         model=model_digest,
         device=facts[0].device,
         nodes=nodes,
         ranks_per_node=ranks_per_node,
-        processors_per_node=facts[0].processors,
+        processors_per_node=len(frozenset().union(*(entry.processors for entry in facts[:ranks_per_node]))),
         multiprocessors=facts[0].multiprocessors,
         backend=backend,
         software=software_versions(),
