@@ -12,15 +12,10 @@ from galvatron_megatron.cost.compute import (
 )
 from galvatron_megatron.cost.count_source import ClosedForms, CountSource, counted_strategy
 from galvatron_megatron.cost.counts_values import LayerCounts
-from galvatron_megatron.cost.memory import (
-    parameter_bytes,
-    parameter_shares,
-    state_bytes,
-)
+from galvatron_megatron.cost.memory import held_bytes, parameter_bytes, parameter_shares
 from galvatron_megatron.cost.offload import (
     host_bytes,
     host_traffic,
-    kept_on_device,
     link_seconds,
     link_source,
 )
@@ -365,11 +360,7 @@ class AnalyticCostModel:
                     value=collective_seconds("all_reduce", size, 2, copy_stride, cluster),
                 )
             )
-        state, *of_experts = (
-            state_bytes(s.parameters, strategy.zero, s.sharding, element, whole=0 if number else whole)
-            for number, s in enumerate(shares)
-        )
-        state = kept_on_device(sum(of_experts, state), strategy)
+        state = held_bytes(shares, strategy, element, self.options, whole=whole)
         state_terms = (
             Term(name="weights", value=state.weights),
             Term(name="gradients", value=state.gradients),

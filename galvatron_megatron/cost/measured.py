@@ -6,8 +6,7 @@ from galvatron_megatron.cost.analytic import AnalyticCostModel
 from galvatron_megatron.cost.compute import element_bytes
 from galvatron_megatron.cost.measured_points import NOT_MEASURED, CurveTable, PartCost, PartTable
 from galvatron_megatron.cost.measured_states import StatePrices
-from galvatron_megatron.cost.memory import parameter_bytes, state_bytes
-from galvatron_megatron.cost.offload import kept_on_device
+from galvatron_megatron.cost.memory import parameter_bytes
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.protocol import LayerCost, Setting
 from galvatron_megatron.cost.resharding import Layout, reshard_transfer
@@ -343,10 +342,7 @@ class MeasuredCostModel:
             parameters, strategy, len(self.model.layers), borrowed=borrowed, whole=whole
         )
         slack = 1 + self.cluster.constants.memory_slack
-        state = kept_on_device(
-            state_bytes(parameters, strategy.zero, strategy.state_replicas, self._element, whole=whole),
-            strategy,
-        )
+        state = self._states.held_bytes(parameters, strategy, whole=whole)
         kept = round(found.activation_bytes * slack)
         cost = LayerCost(
             micro_batch_seconds=forward + backward,

@@ -1,7 +1,7 @@
 """Prices keeping states equal or sharded from a profile: measured collectives, measured optimizer steps."""
 
 from galvatron_megatron.cost.measured_points import CurveTable, fit_steps
-from galvatron_megatron.cost.memory import ElementBytes, Share
+from galvatron_megatron.cost.memory import ElementBytes, Share, StateBytes, held_bytes
 from galvatron_megatron.cost.offload import host_bytes, host_traffic, link_seconds, link_source
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.overlap import exposed_seconds
@@ -121,6 +121,11 @@ class StatePrices:
         """Seconds in which a pass fetches weights from host memory, and where that number comes from."""
         moved = host_traffic(self._shares(parameters, strategy), strategy, self._element)
         return link_seconds(moved.fetched_per_pass, self._cluster), link_source(self._cluster)
+
+    def held_bytes(self, parameters: int, strategy: Strategy, *, whole: int = 0) -> StateBytes:
+        """What a rank has of some parameters on its device, see ``memory.held_bytes``."""
+        shares = self._shares(parameters, strategy)
+        return held_bytes(shares, strategy, self._element, self._options, whole=whole)
 
     def host_bytes(self, parameters: int, strategy: Strategy) -> int:
         """What a rank keeps of some parameters in host memory."""

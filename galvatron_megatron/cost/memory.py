@@ -1,10 +1,13 @@
 """Bytes that a rank keeps for its parameters: weights, gradients and optimizer states by ZeRO stage."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from galvatron_megatron.cost.options import RunOptions
-from galvatron_megatron.plan.strategy import Strategy
+from galvatron_megatron.plan.strategy import Offload, Strategy
+from galvatron_megatron.plan.zero_rules import is_deepspeed
 
+_FP32_BYTES = 4
 _ADAM_BYTES = 8
 """Two fp32 moments of one parameter."""
 
@@ -20,6 +23,11 @@ class ElementBytes:
     """Master weight (where weights are 16 bit wide) and moments."""
     step_gradient: int = 0
     """fp32 copy of a 16-bit gradient that the optimizer works on."""
+
+    @property
+    def under_deepspeed(self) -> "ElementBytes":
+        """The same where DeepSpeed's classes keep the states: gradients add up in fp32, however reduced."""
+        return replace(self, gradient=_FP32_BYTES, step_gradient=0)
 
 
 def parameter_bytes(precision: str, options: RunOptions) -> ElementBytes:
@@ -136,6 +144,38 @@ def state_bytes(
         gradients=(shard if zero >= 2 else parameters) * element.gradient,
         optimizer=(shard if zero >= 1 else parameters) * (element.optimizer + element.step_gradient),
     )
+
+
+def held_bytes(
+    shares: Iterable[Share], strategy: Strategy, element: ElementBytes, options: RunOptions, *, whole: int = 0
+) -> StateBytes:
+    """Bytes that a rank has on its device of some parameters, all the time.
+
+    Args:
+        shares: parameters of the rank by who replicates them.
+        strategy: how they are kept.
+        element: bytes of one parameter by purpose.
+        options: switches of the job.
+        whole: parameters, of the first share, that stage 3 keeps whole.
+    """
+    if is_deepspeed(strategy.zero, strategy.offload, options.deepspeed_zero_1):
+        element = element.under_deepspeed
+    state = sum(
+        (
+            state_bytes(share.parameters, strategy.zero, share.sharding, element, whole=0 if number else whole)
+            for number, share in enumerate(shares)
+        ),
+        StateBytes(weights=0, gradients=0, optimizer=0),
+    )
+    return _kept_on_device(state, strategy.offload)
+
+
+def _kept_on_device(state: StateBytes, offload: Offload) -> StateBytes:
+    """What offloading leaves: optimizer states go, weights go with ``parameters``; gradients add up there."""
+    if offload is Offload.NONE:
+        return state
+    weights = 0 if offload is Offload.PARAMETERS else state.weights
+    return replace(state, weights=weights, optimizer=0)
 
 
 def optimizer_traffic_bytes(parameters: int, zero: int, replicas: int, element: ElementBytes) -> int:

@@ -5,9 +5,9 @@ Source: ZeRO-Offload (arXiv 2101.06840, sections 3 and 4), and where the copies 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from galvatron_megatron.cost.memory import ElementBytes, Share, StateBytes
+from galvatron_megatron.cost.memory import ElementBytes, Share
 from galvatron_megatron.describe.cluster import GB, Cluster, Host
 from galvatron_megatron.errors import DescriptionError
 from galvatron_megatron.plan.strategy import Offload, Strategy
@@ -87,21 +87,6 @@ def _host(cluster: Cluster) -> Host:
             "memory_gb_per_second: ...} in the cluster file, or no --offload"
         )
     return cluster.host
-
-
-def kept_on_device(state: StateBytes, strategy: Strategy) -> StateBytes:
-    """What is left of a layer's states on the device.
-
-    Optimizer states go, weights go with ``parameters``; gradients stay, to add up, until the step.
-
-    Args:
-        state: without offloading.
-        strategy: of the layer.
-    """
-    if strategy.offload is Offload.NONE:
-        return state
-    weights = 0 if strategy.offload is Offload.PARAMETERS else state.weights
-    return replace(state, weights=weights, optimizer=0)
 
 
 def host_bytes(shares: Iterable[Share], strategy: Strategy, element: ElementBytes) -> int:

@@ -12,6 +12,17 @@ _SMALLEST = 2
 """DeepSpeed wants buckets of an even number of elements to gather with."""
 
 
+def is_deepspeed(zero: int, offload: Offload, zero_1: bool) -> bool:
+    """Whether DeepSpeed shards some states: those of ZeRO 2 and 3, and all that lie in host memory.
+
+    Args:
+        zero: stage.
+        offload: what of them lies there.
+        zero_1: stage 1 of states on the device is DeepSpeed's, not Megatron's.
+    """
+    return offload is not Offload.NONE or zero > 1 or (zero == 1 and zero_1)
+
+
 def usual_bucket(replicas: int) -> int:
     """Elements that Megatron reduces at once where a job does not say.
 

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 
 from galvatron_megatron.errors import UnsupportedPlanError
+from galvatron_megatron.plan import zero_rules
 from galvatron_megatron.plan.megatron_arguments import runs_on_stock_megatron
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.runnable import ZERO_BACKENDS
-from galvatron_megatron.plan.strategy import Offload, Strategy
+from galvatron_megatron.plan.strategy import Strategy
 from galvatron_megatron.runtime.zero_ahead import BACKWARD
 
 if TYPE_CHECKING:
@@ -46,15 +47,13 @@ def zero_backend(args: Any) -> str:
 
 
 def is_deepspeed(states: "Strategy | StateClass", backend: str) -> bool:
-    """Whether DeepSpeed shards some states: those of ZeRO 2 and 3, and all that lie in host memory.
+    """Whether DeepSpeed shards some states, see ``zero_rules``.
 
     Args:
         states: how they are kept.
         backend: who runs stage 1 of states on the device.
     """
-    if states.offload is not Offload.NONE:
-        return True
-    return states.zero > 1 or (states.zero == 1 and backend == "deepspeed")
+    return zero_rules.is_deepspeed(states.zero, states.offload, backend == "deepspeed")
 
 
 def uses_deepspeed(plan: Plan, args: Any) -> bool:

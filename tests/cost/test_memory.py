@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from galvatron_megatron.cost.memory import (
+    held_bytes,
     optimizer_traffic_bytes,
     parameter_bytes,
     parameter_shares,
@@ -41,6 +42,16 @@ def test_each_stage_keeps_no_more(parameters: int, replicas: int, precision: str
     assert traffic == sorted(traffic, reverse=True)
     if replicas == 1:
         assert len(set(totals)) == 1
+
+
+@pytest.mark.parametrize(("zero", "deepspeed", "kept", "shared"), [(1, True, 6, 12), (2, False, 2, 16)])
+def test_deepspeed_adds_gradients_up_in_fp32(zero: int, deepspeed: bool, kept: int, shared: int) -> None:
+    options = RunOptions(gradients_in_fp32=False, deepspeed_zero_1=deepspeed)
+    strategy = Strategy(dp=8, zero=zero)
+    shares = parameter_shares(1000, 0, strategy)
+    for precision in ("fp16", "bf16"):
+        state = held_bytes(shares, strategy, parameter_bytes(precision, options), options)
+        assert state.total == kept * 1000 + shared * 125
 
 
 def test_experts_are_replicated_and_sharded_by_ranks_of_their_own() -> None:

@@ -37,9 +37,10 @@ from megatron.training.arguments import add_megatron_arguments, parse_args, vali
 from megatron.training.global_vars import set_global_variables
 from runtime_cases import CLIP
 from runtime_communicators import created_again, record_communicators
-from runtime_memory import measure_at_norm, measure_saves
+from runtime_memory import measure_at_norm, predicted
 from runtime_mutations import MUTATIONS
 from runtime_overlap import watch_resharding
+from runtime_saves import measure_saves
 
 from galvatron_megatron.integration import cpu_device
 from galvatron_megatron.integration.job import go_on_from
@@ -374,8 +375,11 @@ def run_case(case: dict) -> dict:
     args = parse_args()
     cpu_device.configure(args)
     observation = Observation(args, {}, Path(case["observe"])) if case.get("observe") else None
+    late = case.get("late_arguments", {})
+    if case.get("measure"):
+        seen["predicted"] = predicted(args, plan, late)
     validate_args(args, {})
-    for name, value in case.get("late_arguments", {}).items():
+    for name, value in late.items():
         setattr(args, name, value)
     set_global_variables(args)
     real_step, real_setup = training.train_step, training.setup_model_and_optimizer

@@ -1,25 +1,23 @@
-"""Bytes that a rank holds of weights, gradients and optimizer states, from the tensors that are there."""
+"""Bytes that a rank holds of weights, gradients and optimizer states: from live tensors, and as predicted."""
+
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.training import checkpointing
-from torch.utils._pytree import tree_leaves
+from megatron.core import parallel_state
 
+from galvatron_megatron.cost.analytic import AnalyticCostModel
+from galvatron_megatron.cost.estimate import estimate_plan
+from galvatron_megatron.cost.host_memory import stage_host_bytes
+from galvatron_megatron.cost.options import run_options
+from galvatron_megatron.describe.cluster import read_cluster
+from galvatron_megatron.integration.job_model import job_model
 from galvatron_megatron.plan.strategy import Offload
-from galvatron_megatron.runtime.checkpoint_stretches import PREFIX, STATES
+from galvatron_megatron.runtime.checkpoint_stretches import STATES
 from galvatron_megatron.runtime.zero import ZeroPart
 
-COLLECTIVES = (
-    "all_gather",
-    "all_gather_into_tensor",
-    "gather",
-    "all_reduce",
-    "broadcast",
-    "reduce_scatter_tensor",
-)
+CLUSTER = Path(__file__).parents[2] / "configs" / "clusters" / "a100-80g.yaml"
+KINDS = {"weights": "weights", "gradients": "gradients", "optimizer states": "optimizer"}
+"""Terms of an estimate."""
 
 
 def storages(tensors):
@@ -27,20 +25,42 @@ def storages(tensors):
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
 
 
-def own_tensors(part):
-    """Weights as this rank keeps them between passes, and gradients as they are kept until the step."""
-    if not isinstance(part, ZeroPart):
-        weights = [parameter.data for parameter in part.module.parameters()]
-        return weights, [buffer.grad_data for buffer in part.buffers], []
-    weights = [getattr(parameter, "ds_tensor", parameter).data for parameter in part.parameters]
-    weights += [parameter.data for parameter in whole_of(part)]
-    gradients = [engine.gradient(i) for engine in part.engines for i in range(len(engine.partitions))]
-    return weights, gradients, [partition.data for engine in part.engines for partition in engine.partitions]
+def predicted(args, plan, late):
+    """What the cost model says that each pipeline rank holds, by kind.
+
+    Args:
+        args: Megatron's, before its validation.
+        plan: of the job.
+        late: arguments that are set behind that validation.
+    """
+    options = run_options(vars(args) | late)
+    costs = AnalyticCostModel(job_model(args, {}), read_cluster(CLUSTER), options)
+    found = []
+    for stage, host in zip(estimate_plan(plan, costs).stages, stage_host_bytes(plan, costs), strict=True):
+        terms = {term.name: term.value for term in stage.memory_terms if term.name in KINDS}
+        assert sum(terms.values()) == stage.state_bytes
+        found.append({kind: terms.get(name, 0) for name, kind in KINDS.items()} | {"host": host})
+    return found
 
 
 def whole_of(part):
     """Parameters that ZeRO 3 keeps whole beside their shards."""
     return [p for engine in getattr(part, "engines", ()) for p in getattr(engine, "whole", ())]
+
+
+def weights_of(part):
+    """Weights as this rank keeps them between passes."""
+    if not isinstance(part, ZeroPart):
+        return [parameter.data for parameter in part.module.parameters()]
+    weights = [getattr(parameter, "ds_tensor", parameter).data for parameter in part.parameters]
+    return weights + [parameter.data for parameter in whole_of(part)]
+
+
+def gradients_of(part):
+    """Gradients as they are kept until the step."""
+    if not isinstance(part, ZeroPart):
+        return [buffer.grad_data for buffer in (*part.buffers, *part.expert_parallel_buffers)]
+    return [engine.gradient(i) for engine in part.engines for i in range(len(engine.partitions))]
 
 
 def whole_gradients(part):
@@ -50,14 +70,18 @@ def whole_gradients(part):
 
 
 def reachable(thing, seen=None):
-    """Every tensor that DeepSpeed keeps in an engine but its buckets for reduction, which are transient."""
+    """Every tensor that DeepSpeed keeps in an engine but what is transient.
+
+    That are its buckets for reduction, and parameters of stage 3 that are whole where their shards count.
+    """
     seen = {} if seen is None else seen
     if id(thing) in seen:
         return
     seen[id(thing)] = thing  # kept, so that nothing else gets its number
     if isinstance(thing, torch.Tensor):
-        if thing.device.type != "meta" and thing.numel() > 1:  # step counts and verdicts are single numbers
-            yield thing.data
+        is_gathered = hasattr(thing, "ds_tensor")
+        if thing.device.type != "meta" and thing.numel() > 1 and not is_gathered:
+            yield thing.data  # step counts and verdicts are single numbers
         yield from reachable(getattr(thing, "ds_tensor", None), seen)
         yield from reachable(thing.grad if thing.is_leaf else None, seen)
     elif isinstance(thing, dict):
@@ -82,79 +106,46 @@ def on_host(part, offload):
     return found
 
 
-def live_offloaded(part, state_class):
-    """Bytes of an offloaded class; what DeepSpeed keeps besides counts as optimizer states on the device."""
-    host = storages(on_host(part, state_class.offload))
-    weights, gradients, _ = own_tensors(part)
-    weights = {at: size for at, size in storages(weights).items() if at not in host}
-    gradients = storages(gradients)
-    everything = storages(tensor for engine in part.engines for tensor in reachable(engine))
-    assert host.keys() <= everything.keys() and gradients.keys() <= everything.keys()
-    stray = everything.keys() - host.keys() - weights.keys() - gradients.keys()
-    return {
-        "weights": sum(weights.values()),
-        "gradients": max(sum(gradients.values()), part.bytes_before_reduction),
-        "optimizer": sum(everything[at] for at in stray),
-        "host": sum(host.values()),
-    }
-
-
-def parameters_of(part):
-    return part.parameters if isinstance(part, ZeroPart) else list(part.module.parameters())
+def states_of(optimizer):
+    """Main weights, moments, and the gradients the step works on, of all optimizers of a job."""
+    for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(each, "is_stub_optimizer", False):
+            continue
+        for parameter in (p for group in each.optimizer.param_groups for p in group["params"]):
+            yield parameter.data
+            if parameter.grad is not None:
+                yield parameter.grad
+        for state in each.optimizer.state.values():
+            yield from (t for name, t in state.items() if torch.is_tensor(t) and name != "step")
 
 
 def live(chunks, optimizer):
-    """By class of parameters: their number here, replicas, and bytes of weights, gradients and states."""
-    found = {}
-    for number, state_class in enumerate(optimizer.state_classes):
-        parts = [chunk.parts[state_class] for chunk in chunks]
-        found[number] = {
-            "class": (state_class.weight_shards, state_class.zero, state_class.offload),
-            "parameters": sum(getattr(p, "ds_numel", p.numel()) for part in parts for p in parameters_of(part)),
-            "replicas": parts[0].dp_cp_group.size(),
-            "whole": sum(p.ds_numel for part in parts for p in whole_of(part)),
-        }
-        if state_class.offload is not Offload.NONE:
-            (part,) = parts
-            found[number] |= live_offloaded(part, state_class)
-            continue
-        weights, gradients, mains = ([t for part in parts for t in own_tensors(part)[i]] for i in range(3))
-        steppers = [
-            stepper
-            for stepper in optimizer.chained_optimizers
-            if not stepper.is_stub_optimizer and serves(stepper, parts)
-        ]
-        states = [
-            value
-            for stepper in steppers
-            for state in stepper.optimizer.state.values()
-            for name, value in state.items()
-            if isinstance(value, torch.Tensor) and name != "step"
-        ]
-        mains += [p.data for s in steppers for group in s.optimizer.param_groups for p in group["params"]]
-        kept = storages(weights)
-        found[number] |= {
-            "host": 0,
-            "weights": sum(kept.values()),
-            "gradients": sum(storages(gradients).values()),
-            "optimizer": sum(n for at, n in storages(states + mains).items() if at not in kept),
-        }
-    return found
-
-
-def serves(stepper, parts):
-    """Whether an optimizer steps the parameters of these parts."""
-    if hasattr(stepper, "engine"):
-        return any(stepper.engine is engine for part in parts for engine in getattr(part, "engines", ()))
-    mine = {id(parameter) for part in parts for parameter in parameters_of(part)}
-    for name in ("model_float16_groups", "float16_groups"):
-        for group in getattr(stepper, name, ()):
-            if any(id(parameter) in mine for parameter in group):
-                return True
-    groups = getattr(stepper, "model_fp32_groups", None)
-    if groups is None:
-        groups = [group["params"] for group in stepper.optimizer.param_groups]
-    return any(id(parameter) in mine for group in groups for parameter in group)
+    """Bytes of this rank by kind, every storage once; all that an engine of ZeRO keeps is among them."""
+    parts = [
+        (part, state_class)
+        for chunk in chunks
+        for state_class, part in getattr(chunk, "parts", {None: chunk}).items()
+    ]
+    host, everything = {}, storages(states_of(optimizer))
+    for part, state_class in parts:
+        everything |= storages(
+            tensor for engine in getattr(part, "engines", ()) for tensor in reachable(engine)
+        )
+        if state_class is not None and state_class.offload is not Offload.NONE:
+            host |= storages(on_host(part, state_class.offload))
+    weights = storages(tensor for part, _ in parts for tensor in weights_of(part))
+    gradients = storages(tensor for part, _ in parts for tensor in gradients_of(part))
+    # ZeRO 1 of DeepSpeed has its own part of the gradients beside the whole ones until the step.
+    accumulated = sum(
+        max(sum(storages(gradients_of(part)).values()), getattr(part, "bytes_before_reduction", 0))
+        for part, _ in parts
+    )
+    return {
+        "weights": sum(size for at, size in weights.items() if at not in host),
+        "gradients": accumulated,
+        "optimizer": sum(size for at, size in everything.items() if at not in weights | gradients | host),
+        "host": sum(host.values()),
+    }
 
 
 def count_before_reduction(part):
@@ -170,7 +161,7 @@ def count_before_reduction(part):
 
 def measure_at_norm(chunks, optimizer):
     """Measures whenever the gradient norm is taken: gradients are complete, nothing is released yet."""
-    seen = {}
+    seen = {"stage": parallel_state.get_pipeline_model_parallel_rank()}
     norm = optimizer.get_grad_norm
 
     def measured():
@@ -180,80 +171,7 @@ def measure_at_norm(chunks, optimizer):
 
     optimizer.get_grad_norm = measured
     for chunk in chunks:
-        for part in chunk.parts.values():
+        for part in getattr(chunk, "parts", {}).values():
             if isinstance(part, ZeroPart):
                 count_before_reduction(part)
     return seen
-
-
-def measure_saves(found, models, optimizer):
-    """Notes, at every checkpoint, what of weights and optimizer states is copied and what is communicated.
-
-    Args:
-        found: filled, by checkpoint: bytes of states, bytes of states and weights outside the memory where
-            optimizer and model keep them, elements of floating-point tensors that are handed to collectives
-            while it is made ready.
-        models: the model chunks.
-        optimizer: of the job.
-
-    Returns:
-        Undoes it.
-    """
-    save, generate = dist_checkpointing.save, checkpointing.generate_state_dict
-    names = [name for name in COLLECTIVES if hasattr(dist, name)]
-    originals = {name: getattr(dist, name) for name in names}
-    sent = []
-
-    def counted(name):
-        def call(*arguments, **options):
-            tensors = tree_leaves((arguments, options))
-            sent.append(
-                sum(t.numel() for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point())
-            )
-            return originals[name](*arguments, **options)
-
-        return call
-
-    def generated(*arguments, **options):
-        sent.clear()
-        for name in names:
-            setattr(dist, name, counted(name))
-        try:
-            return generate(*arguments, **options)
-        finally:
-            for name, original in originals.items():
-                setattr(dist, name, original)
-
-    def saved(state, *arguments, **options):
-        kinds = (ShardedTensor, ShardedTensorFactory)
-        entries = [entry for entry in nested_values(state) if isinstance(entry, kinds)]
-        weights = [p for model in models for p in model.parameters()]
-        parts = (getattr(p, "ds_tensor", p).data for p in weights)
-        kept = storages((*own_states(optimizer), *(p.data for p in weights), *parts))
-        written = storages(entry.data for entry in entries)
-        found.append(
-            {
-                "bytes": sum(entry.data.nbytes for entry in entries if entry.key.startswith(PREFIX)),
-                "copied": sum(size for at, size in written.items() if at not in kept),
-                "communicated": sum(sent),
-            }
-        )
-        return save(state, *arguments, **options)
-
-    dist_checkpointing.save, checkpointing.generate_state_dict = saved, generated
-
-    def undo():
-        dist_checkpointing.save, checkpointing.generate_state_dict = save, generate
-
-    return undo
-
-
-def own_states(optimizer):
-    """Main weights and states of all optimizers of a job, as they keep them."""
-    for each in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if getattr(each, "is_stub_optimizer", False):
-            continue
-        yield from (p.data for group in each.optimizer.param_groups for p in group["params"])
-        yield from (t for state in each.optimizer.state.values() for t in state.values() if torch.is_tensor(t))
-        if hasattr(each, "engine"):
-            yield from (partition.data for partition in each.engine.partitions)
