@@ -22,11 +22,12 @@ from megatron.core.dist_checkpointing.mapping import (
     apply_factory_merges,
 )
 from megatron.core.utils import unwrap_model
+from megatron.training.global_vars import get_tokenizer
 
 from galvatron_megatron.errors import PlanError
 from galvatron_megatron.runtime.checkpoint import CONTENT, ReshardableOptimizer, settings_of
 from galvatron_megatron.runtime.checkpoint_stretches import PREFIX
-from galvatron_megatron.runtime.universal_files import UniversalCheckpoint
+from galvatron_megatron.runtime.universal_files import LossScale, UniversalCheckpoint
 
 SEAM = "setup_model_and_optimizer"
 """The function of ``megatron.training.training`` behind which a universal checkpoint is read."""
@@ -41,6 +42,38 @@ class Progress:
     iteration: int
     samples: int | None
     """That it had trained on; None where the checkpoint does not say."""
+    scheduled_samples: int | None
+    """That the schedule of its learning rate had counted; None where the checkpoint does not say."""
+    loss_scale: LossScale | None
+    """State of its dynamic loss scaler, where it had one."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Vocabulary:
+    """Tokens of this job, which tell padding of embeddings from another vocabulary."""
+
+    tokens: int
+    """Of the tokenizer."""
+    divisor: int
+    """``--make-vocab-size-divisible-by``: a job pads to a multiple of it times its tensor-parallel degree."""
+
+    def check(self, rows: int, name: str, tensor_parallel: int) -> None:
+        """Refuses embeddings of another vocabulary.
+
+        Args:
+            rows: of the embedding in the checkpoint, with or without padding.
+            name: of the parameter.
+            tensor_parallel: degree of the job that saved it.
+
+        Raises:
+            PlanError: tokens are missing, or there are more rows than padding explains.
+        """
+        most = -(-self.tokens // (self.divisor * tensor_parallel)) * self.divisor * tensor_parallel
+        if not self.tokens <= rows <= most:
+            raise PlanError(
+                f"universal checkpoint: {name} has {rows} rows, but the tokenizer {self.tokens} tokens; valid: "
+                f"{self.tokens} to {most} rows (the vocabulary and --make-vocab-size-divisible-by as they were)"
+            )
 
 
 def reading_universal(original: Callable[..., tuple], directory: str | Path, args: Any) -> Callable[..., tuple]:
@@ -58,10 +91,12 @@ def reading_universal(original: Callable[..., tuple], directory: str | Path, arg
     @wraps(original)
     def build(*given: Any, **named: Any) -> tuple:
         model, optimizer, scheduler = original(*given, **named)
-        found = load_universal_checkpoint(directory, model, optimizer)
+        vocabulary = Vocabulary(tokens=get_tokenizer().vocab_size, divisor=args.make_vocab_size_divisible_by)
+        found = load_universal_checkpoint(directory, model, optimizer, vocabulary)
         args.iteration = found.iteration
         args.consumed_train_samples = found.samples or found.iteration * args.global_batch_size
-        scheduler.step(increment=args.consumed_train_samples)
+        scheduled = found.scheduled_samples
+        scheduler.step(increment=args.consumed_train_samples if scheduled is None else scheduled)
         if args.rank == 0:
             print(
                 f"galvatron: universal checkpoint {directory}: {found.steps} steps of the optimizer; goes on "
@@ -73,15 +108,19 @@ def reading_universal(original: Callable[..., tuple], directory: str | Path, arg
     return build
 
 
-def load_universal_checkpoint(directory: str | Path, chunks: list[Any], optimizer: Any) -> Progress:
-    """Takes weights, Adam's states and step count over; every rank of the job calls this together.
+def load_universal_checkpoint(
+    directory: str | Path, chunks: list[Any], optimizer: Any, vocabulary: Vocabulary
+) -> Progress:
+    """Takes weights, Adam's states, step count and a dynamic loss scale over; all ranks call this together.
 
-    Learning rate, weight decay and loss scale stay as the job's arguments have set them.
+    Learning rate, weight decay and a constant loss scale stay as the job's arguments have set them. Nothing is
+    taken over before everything is read on all ranks.
 
     Args:
         directory: the universal checkpoint.
         chunks: the model chunks of this rank, wrapped or not.
         optimizer: of a job with an attached plan.
+        vocabulary: of this job.
 
     Raises:
         PlanError: files are missing, damaged, of another model, or not data; or the optimizer cannot take them.
@@ -98,14 +137,27 @@ def load_universal_checkpoint(directory: str | Path, chunks: list[Any], optimize
     }
     form = optimizer.sharded_state_dict(parts, is_loading=True, metadata=dict(CONTENT))
     state = {**parts, "states": form["param_state"]}
-    progress = _together(lambda: _read(directory, state))
+    progress = _together(lambda: _read(directory, state, vocabulary))
     for index, model in enumerate(models):
         model.load_state_dict(state[f"model{index}"])
     settings = settings_of(optimizer)
     for group in settings["optimizer"]["param_groups"]:
         group["step"] = progress.steps
+    if progress.loss_scale is not None and settings.get("grad_scaler"):
+        settings["grad_scaler"] = _continued(settings["grad_scaler"], progress.loss_scale, optimizer)
     optimizer.take_states(state["states"], settings)
     return progress
+
+
+def _continued(scaler: dict[str, Any], found: LossScale, optimizer: Any) -> dict[str, Any]:
+    """State of Megatron's dynamic loss scaler that goes on from another's, inside this job's window."""
+    scalers = (getattr(each, "grad_scaler", None) for each in optimizer.chained_optimizers)
+    own = next(each for each in scalers if each is not None)
+    return {
+        "scale": torch.full_like(scaler["scale"], found.scale),
+        "growth_tracker": min(found.growth, own.growth_interval - 1),
+        "hysteresis_tracker": min(found.hysteresis, own.hysteresis),
+    }
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -144,11 +196,17 @@ def _together(read: Callable[[], _Read]) -> Progress:
     return first.progress
 
 
-def _read(directory: str | Path, state: dict[str, Any]) -> _Read:
+def _read(directory: str | Path, state: dict[str, Any], vocabulary: Vocabulary) -> _Read:
     files = UniversalCheckpoint(directory)
-    progress = Progress(steps=files.steps(), iteration=files.iteration(), samples=files.samples())
+    progress = Progress(
+        steps=files.steps(),
+        iteration=files.iteration(),
+        samples=files.samples(),
+        scheduled_samples=files.scheduled_samples(),
+        loss_scale=files.loss_scale(),
+    )
     used: set[str] = set()
-    _fill(state, _reader(files, used))
+    _fill(state, _reader(files, used, vocabulary))
     return _Read(progress=progress, used=frozenset(used), trained=files.trained())
 
 
@@ -168,7 +226,9 @@ def _fill(state: dict[str, Any], read: Callable[[ShardedTensor], torch.Tensor]) 
     apply_factory_merges(state, factories)
 
 
-def _reader(source: UniversalCheckpoint, used: set[str]) -> Callable[[ShardedTensor], torch.Tensor]:
+def _reader(
+    source: UniversalCheckpoint, used: set[str], vocabulary: Vocabulary
+) -> Callable[[ShardedTensor], torch.Tensor]:
     whole = lru_cache(maxsize=2)(source.tensor)
 
     def read(entry: ShardedTensor) -> torch.Tensor:
@@ -180,19 +240,16 @@ def _reader(source: UniversalCheckpoint, used: set[str]) -> Callable[[ShardedTen
         axes = entry.prepend_axis_num
         shape, offset = entry.global_shape[axes:], entry.global_offset[axes:]
         if found.shape != torch.Size(shape) and found.dim() == 1:
-            # ZeRO 3 leaves tensors flat: rows of a vocabulary that is padded otherwise still tell their length.
+            # Flat, as ZeRO 3 leaves it, and no file of the engine says its shape.
             length = prod(shape[1:])
             found = found.reshape(-1, *shape[1:]) if found.numel() % length == 0 else found
+        if entry.allow_shape_mismatch and found.shape[1:] == torch.Size(shape[1:]):
+            vocabulary.check(len(found), name, source.tensor_parallel)
+            found = _padded(found, shape[0])
         if tuple(found.shape) != tuple(shape):
-            if not entry.allow_shape_mismatch or found.shape[1:] != torch.Size(shape[1:]):
-                raise PlanError(
-                    f"universal checkpoint: {name} is {tuple(found.shape)}; valid: {tuple(shape)}, as here"
-                )
-            # The vocabulary is padded to another number of rows; none of these is ever a token.
-            padded = found.new_zeros(shape)
-            rows = min(len(found), shape[0])
-            padded[:rows] = found[:rows]
-            found = padded
+            raise PlanError(
+                f"universal checkpoint: {name} is {tuple(found.shape)}; valid: {tuple(shape)}, as here"
+            )
         for axis, (start, size) in enumerate(zip(offset, entry.local_shape, strict=True)):
             found = found.narrow(axis, start, size)
         if entry.data is None:
@@ -200,3 +257,10 @@ def _reader(source: UniversalCheckpoint, used: set[str]) -> Callable[[ShardedTen
         return found.to(device=entry.data.device, dtype=entry.data.dtype, copy=True)
 
     return read
+
+
+def _padded(found: torch.Tensor, rows: int) -> torch.Tensor:
+    """An embedding with another number of padding rows, none of which is ever a token."""
+    if len(found) >= rows:
+        return found[:rows]
+    return torch.cat([found, found.new_zeros(rows - len(found), *found.shape[1:])])

@@ -6,12 +6,16 @@ folder; in it
 * ``zero/<parameter>/fp32.pt``, ``exp_avg.pt`` and ``exp_avg_sq.pt`` hold a mapping with the tensor over all
   ranks under ``param`` (ZeRO 1, 2) or the tensor itself, flat (ZeRO 3);
 * ``zero/<parameter>/step.pt`` is the number of the optimizer's steps (ZeRO 1, 2);
-* ``zero/optimizer_state.pt`` is what the optimizer keeps beside tensors; ZeRO 3 leaves the steps there;
-* ``*_model_states.pt`` are the engine's own files, with its counters and what the job added to them.
+* ``zero/optimizer_state.pt`` is what the optimizer keeps beside tensors: the loss scaler, and under ZeRO 3 the
+  steps;
+* ``*_model_states.pt`` are the engine's own files, with its counters, the shapes of parameters and what the job
+  added to them.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -39,6 +43,17 @@ _UNREADABLE = (
     AttributeError,
 )
 """What torch raises on files that are damaged, not its own, or more than data."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class LossScale:
+    """State of a dynamic loss scaler, counted as Megatron's ``DynamicGradScaler`` counts."""
+
+    scale: float
+    growth: int
+    """Steps since the scale last changed; -1 behind an overflow, where DeepSpeed waits for one step more."""
+    hysteresis: int
+    """Overflows left before the scale falls."""
 
 
 class _Inert:
@@ -119,7 +134,30 @@ class UniversalCheckpoint:
         found = found.get("param") if isinstance(found, dict) else found
         if not isinstance(found, torch.Tensor):
             raise PlanError(f"universal checkpoint: {path} holds no tensor; valid: one under 'param'")
+        found = found.detach()
+        if found.dim() == 1:
+            found = self._shaped(self.folder_of(name), found, path)
         return found if self._foreign is None else self._foreign.in_order(name, found)
+
+    def _shaped(self, folder: str, flat: torch.Tensor, path: Path) -> torch.Tensor:
+        """A tensor that ZeRO 3 leaves flat, in the shape that the engine says; without its files, as it is."""
+        shape = self._shapes.get(folder)
+        if shape is None or self.tensor_parallel > 1:
+            return flat
+        if flat.numel() != prod(shape):
+            raise PlanError(
+                f"universal checkpoint: {path} has {flat.numel()} elements, but the engine's files say "
+                f"{tuple(shape)}; valid: a complete one"
+            )
+        return flat.view(shape)
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Degree of the job that saved it; 1 where nothing says."""
+        dimensions = self._header.get("checkpoint_parallel_dimensions")
+        found = dimensions.get("tp_degree") if isinstance(dimensions, dict) else None
+        found = found or self._header.get("mp_world_size")
+        return found if isinstance(found, int) and found > 0 else 1
 
     def trained(self) -> frozenset[str]:
         """Folders of the parameters that were trained."""
@@ -154,9 +192,66 @@ class UniversalCheckpoint:
         return self.steps()
 
     def samples(self) -> int | None:
-        """Samples that the engine had trained on, None where it does not say."""
-        found = self._header.get("global_samples")
+        """Samples that the job had trained on: its own count, or the engine's; None without both."""
+        arguments = self._header.get("args")
+        found = vars(arguments).get("consumed_train_samples") if isinstance(arguments, _Inert) else None
+        found = found or self._header.get("global_samples")
         return _count(found, self.folder.parent) if found else None
+
+    def scheduled_samples(self) -> int | None:
+        """Samples that the schedule of the learning rate had counted: not those of skipped steps.
+
+        Megatron's own schedule, which Megatron-DeepSpeed gives the engine, says it (``num_steps``). Otherwise
+        it follows from the engine's counts; None without these.
+        """
+        schedule = self._header.get("lr_scheduler")
+        if isinstance(schedule, dict) and schedule.get("num_steps"):
+            return _count(schedule["num_steps"], self.folder.parent)
+        samples, made = self.samples(), self._header.get("global_steps")
+        if samples is None or not made:
+            return samples
+        made = _count(made, self.folder.parent)
+        skipped = _count(self._header.get("skipped_steps", 0), self.folder.parent)
+        return samples - samples * min(skipped, made) // made
+
+    def loss_scale(self) -> LossScale | None:
+        """State of the dynamic loss scaler; None where the job had none.
+
+        DeepSpeed's scale grows in a step for which ``cur_iter - last_overflow_iter - 1`` is a multiple of
+        ``scale_window`` above 0 (``deepspeed/runtime/fp16/loss_scaler.py``), Megatron's in the one that makes
+        its count of good steps equal to the window.
+
+        Raises:
+            PlanError: the scaler's state is not readable.
+        """
+        path = self.folder / "optimizer_state.pt"
+        kept = _load(path, inert=True) if path.is_file() else None
+        scaler = kept.get("loss_scaler") if isinstance(kept, dict) else None
+        fields = vars(scaler) if isinstance(scaler, _Inert) else {}
+        if "scale_window" not in fields:
+            return None
+        names = ("cur_iter", "last_overflow_iter", "scale_window", "cur_hysteresis")
+        values = [fields.get(name) for name in names]
+        scale = fields.get("cur_scale")
+        if not all(isinstance(value, int) for value in values) or not isinstance(scale, int | float):
+            raise PlanError(f"universal checkpoint: {path}: no complete loss scaler; valid: DeepSpeed's own")
+        made, overflow, window, hysteresis = values
+        good = made - overflow - 1
+        growth = (good - 1) % window if good > 0 else -1
+        return LossScale(scale=float(scale), growth=growth, hysteresis=hysteresis)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of parameters by folder, as the engine's own files say them."""
+        groups = self._header.get("param_shapes")
+        groups = [groups] if isinstance(groups, dict) else groups
+        return {
+            name: tuple(shape)
+            for group in groups or ()
+            if isinstance(group, dict)
+            for name, shape in group.items()
+            if isinstance(shape, tuple)
+        }
 
     @cached_property
     def _header(self) -> Mapping[str, Any]:

@@ -54,6 +54,75 @@ def test_the_jobs_own_count_of_iterations_goes_first(folder):
     assert (found.iteration(), found.samples()) == (3, None)
 
 
+class Scaler:
+    """The fields of DeepSpeed's dynamic loss scaler."""
+
+    def __init__(self, **fields):
+        vars(self).update(fields)
+
+
+@pytest.mark.parametrize("overflows", [(), (0,), (0, 2), (5,), (0, 1, 2, 3, 4, 5), (0, 5)])
+@pytest.mark.parametrize("hysteresis", [1, 2])
+@pytest.mark.parametrize("later", [(), (0,), (0, 1)])
+def test_the_loss_scale_goes_on_as_deepspeeds(folder, monkeypatch, overflows, hysteresis, later):
+    """Megatron's scaler, from what is read, changes in the same steps as DeepSpeed's does."""
+    from deepspeed.runtime.fp16 import loss_scaler
+
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)
+    theirs = loss_scaler.DynamicLossScaler(2.0**20, 3, 1.0, hysteresis, False)
+    for number in range(6):
+        theirs.update_scale(number in overflows)
+    torch.save({"loss_scaler": Scaler(**vars(theirs))}, zero_of(folder) / "optimizer_state.pt")
+    found = UniversalCheckpoint(folder).loss_scale()
+    scale, growth, left = found.scale, found.growth, found.hysteresis
+    # Behind another overflow Megatron's scale grows a step earlier than DeepSpeed's.
+    for number in range(2 if later else 9):
+        assert scale == theirs.cur_scale, number
+        theirs.update_scale(number in later)
+        # As megatron.core.optimizer.grad_scaler.DynamicGradScaler.update does.
+        if number in later:
+            growth, left = 0, left - 1
+            scale = scale / 2 if left <= 0 else scale
+        else:
+            growth += 1
+            if growth == 3:
+                scale, growth, left = scale * 2, 0, hysteresis
+
+
+def test_a_loss_scale_that_is_constant_or_damaged(folder):
+    assert UniversalCheckpoint(folder).loss_scale() is None
+    path = zero_of(folder) / "optimizer_state.pt"
+    torch.save({"loss_scaler": Scaler(cur_scale=1.0, dynamic=False)}, path)
+    assert UniversalCheckpoint(folder).loss_scale() is None
+    torch.save({"loss_scaler": Scaler(cur_scale=1.0, scale_window=3, cur_iter=None)}, path)
+    with pytest.raises(PlanError, match=r"optimizer_state.pt: no complete loss scaler; valid: DeepSpeed's own"):
+        UniversalCheckpoint(folder).loss_scale()
+
+
+def test_the_schedule_counts_samples_of_steps_that_were_made(folder):
+    path = zero_of(folder).parent / "mp_rank_00_model_states.pt"
+    counts = {"global_steps": 5, "global_samples": 40, "skipped_steps": 2}
+    torch.save(counts, path)
+    assert UniversalCheckpoint(folder).scheduled_samples() == 24
+    torch.save(counts | {"lr_scheduler": {"num_steps": 32}}, path)
+    assert UniversalCheckpoint(folder).scheduled_samples() == 32
+    torch.save(counts | {"args": argparse.Namespace(consumed_train_samples=48)}, path)
+    assert UniversalCheckpoint(folder).samples() == 48
+    path.unlink()
+    assert UniversalCheckpoint(folder).scheduled_samples() is None
+
+
+def test_flat_tensors_have_the_shapes_that_the_engine_says(folder):
+    for name in ("fp32", "exp_avg"):
+        torch.save(torch.arange(4.0), zero_of(folder) / NAME / f"{name}.pt")
+    path = zero_of(folder).parent / "mp_rank_00_model_states.pt"
+    torch.save({"param_shapes": [{NAME: torch.Size([2, 2])}]}, path)
+    assert UniversalCheckpoint(folder).tensor(NAME, "param").shape == (2, 2)
+    torch.save({"param_shapes": [{NAME: torch.Size([2, 3])}]}, path)
+    with pytest.raises(PlanError, match=r"fp32.pt has 4 elements, but the engine's files say \(2, 3\)"):
+        UniversalCheckpoint(folder).tensor(NAME, "param")
+
+
 @pytest.mark.parametrize(
     "kept",
     [{"optimizer_state_dict": {"state": {0: {"step": torch.tensor(7.0)}}}}, {"param_groups": [{"step": 7}]}],
