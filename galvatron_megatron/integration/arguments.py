@@ -163,8 +163,7 @@ def _with_plan(original: Callable[..., Any]) -> Callable[..., Any]:
         with one_line_errors():
             job = PlannedJob(args, defaults, options, original)
             job.plan()
-        result = original(args, defaults)
-        with one_line_errors():
+            result = job.validate()
             job.start(args)
         observe(args)
         return result

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from galvatron_megatron.errors import GalvatronError
 from galvatron_megatron.integration.channel import Channel
 from galvatron_megatron.integration.cpu_device import installed
 from galvatron_megatron.integration.decision import Decision
@@ -21,6 +23,7 @@ from galvatron_megatron.integration.planning import JobPlanner
 from galvatron_megatron.integration.presentation import plan_lines
 from galvatron_megatron.plan.megatron_arguments import command_line, runs_on_stock_megatron
 from galvatron_megatron.plan.serialization import write_plan
+from galvatron_megatron.runtime.support import check_given
 from galvatron_megatron.runtime.universal_files import UniversalCheckpoint
 from galvatron_megatron.runtime.zero import is_left_to_megatron
 
@@ -73,13 +76,37 @@ class PlannedJob:
         self._channel.share(lambda: planner.apply(plan, args))
         if args.rank:
             planner.apply(plan, args)
-        else:
+        self._channel.share(lambda: check_given(plan, args))
+        if not args.rank:
             words = command_line(plan, planner.model, sharding_by_runtime=not runs_on_stock_megatron(plan))
             print("\n".join(plan_lines(self.decision, shlex.join(words))), flush=True)
         self._channel.share(self._save)
         if options.plan_only:
             self._channel.leave()
             sys.exit(0)
+
+    def validate(self) -> Any:
+        """Lets Megatron validate its arguments, set to the plan.
+
+        Returns:
+            What Megatron's own function returns.
+
+        Raises:
+            GalvatronError: Megatron does not accept them; printed once for all ranks.
+        """
+        try:
+            return self._validate(self._args, self._defaults)
+        except (AssertionError, ValueError, RuntimeError) as error:
+            refusal = GalvatronError(
+                f"plan: Megatron does not accept the job's arguments under it: {_said_by(error)}; "
+                "valid: change what is named there, or another plan"
+            )
+
+        def refuse() -> None:
+            raise refusal
+
+        self._channel.share(refuse)
+        raise refusal  # rank 0 had no objection
 
     def start(self, args: Namespace) -> None:
         """Attaches what the plan needs beyond arguments, and the measurement.
@@ -118,6 +145,12 @@ class PlannedJob:
     def _save(self) -> None:
         if self._options.save_plan is not None:
             write_plan(self.decision.plan, self._options.save_plan)
+
+
+def _said_by(error: Exception) -> str:
+    """An error in one line; a bare assertion as it stands in the source."""
+    text = " ".join(str(error).split())
+    return text or traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
 
 
 def universal_to_read(args: Namespace, universal: Path) -> str | None:

@@ -63,6 +63,8 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
     ("log_params_norm", bool, "logging the parameter norm", "no --log-params-norm"),
     ("check_weight_hash_across_dp_replicas_interval", bool, "checking weight hashes", "leave it out"),
     ("dump_param_to_param_group_map", bool, "dumping parameter groups", "leave it out"),
+    ("freeze_all_layers", bool, "weights that do not train", "leave it out"),
+    ("optimizer_cuda_graph", bool, "a CUDA graph of the optimizer", "no --optimizer-cuda-graph"),
     ("init_model_with_meta_device", bool, "initialisation on the meta device", "leave it out"),
     ("recompute_granularity", bool, "recomputation for all layers", "recompute in the plan's strategies"),
     ("moe_layer_recompute", bool, "recomputation for all layers", "recompute in the plan's strategies"),
@@ -96,6 +98,18 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
 )
 """Argument, when it is in the way, what it stands for, and what to give instead."""
 
+_REFUSED_BY_DEEPSPEED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
+    ("check_for_large_grads", bool, "looking for large gradients", "leave it out"),
+    (
+        "ddp_reduce_scatter_with_fp32_accumulation",
+        bool,
+        "reductions of 16 bits that add in 32",
+        "--accumulate-allreduce-grads-in-fp32",
+    ),
+    ("defer_embedding_wgrad_compute", bool, "late gradients of the embedding", "leave it out"),
+)
+"""The same for plans with layers that DeepSpeed shards."""
+
 CHANGING_BATCH = ("rampup_batch_size", "step_batch_size_schedule", "decrease_batch_size_if_needed")
 """Arguments by which the number of micro-batches changes during a run, or differs from what the others say."""
 
@@ -110,7 +124,7 @@ def check_supported(plan: Plan, args: Any) -> None:
     Raises:
         UnsupportedPlanError: with what is in the way, why, and what to change.
     """
-    _check_fixed_batch(plan, args)
+    check_given(plan, args)
     if is_left_to_megatron(plan, args):
         return
     release = version("megatron-core")
@@ -119,7 +133,6 @@ def check_supported(plan: Plan, args: Any) -> None:
             f"megatron-core {release}: layers that differ run on {', '.join(SUPPORTED_MEGATRON)} only; "
             "valid: such a release, or a plan in which all layers run alike"
         )
-    _check_arguments(args)
     if getattr(args, "loss_scale", None) and not (args.fp16 or args.bf16):
         raise UnsupportedPlanError(
             f"--loss-scale {args.loss_scale}: losses in fp32 are not scaled; valid: --bf16, --fp16 or none"
@@ -130,14 +143,36 @@ def check_supported(plan: Plan, args: Any) -> None:
             f"--eval-micro-batch-size {evaluated}: layers that differ share micro-batches of one size; "
             f"valid: {args.micro_batch_size}, or leave it out"
         )
-    problem = execution_problem(plan)
-    if problem is not None:
-        raise UnsupportedPlanError(problem)
     if uses_deepspeed(plan, args):
         _check_deepspeed(plan, args)
     _check_base(plan, args)
     for index in range(len(plan.layers)):
         _check_layer(index, plan, args)
+
+
+def check_given(plan: Plan, args: Any) -> None:
+    """Refuses what the command line alone tells, which Megatron's own validation may end with a traceback for.
+
+    Args:
+        plan: the plan to run.
+        args: Megatron's arguments, set to the plan; before or after its validation.
+
+    Raises:
+        UnsupportedPlanError: with what is in the way, why, and what to change.
+    """
+    _check_fixed_batch(plan, args)
+    by_muon = "muon" in (getattr(args, "optimizer", None) or "")  # gathers what its own optimizer shards
+    if getattr(args, "overlap_param_gather", False) and plan.base.zero != 1 and not by_muon:
+        raise UnsupportedPlanError(
+            f"--overlap-param-gather: the plan's base has zero {plan.base.zero}, and Megatron gathers ahead "
+            "for its distributed optimizer alone; valid: leave it out (ZeRO 3 gathers ahead anyway), or zero 1 "
+            "in the base"
+        )
+    if is_left_to_megatron(plan, args):
+        return
+    if problem := execution_problem(plan):
+        raise UnsupportedPlanError(problem)
+    _check_arguments(plan, args)
 
 
 def _check_fixed_batch(plan: Plan, args: Any) -> None:
@@ -153,13 +188,21 @@ def _check_fixed_batch(plan: Plan, args: Any) -> None:
             )
 
 
-def _check_arguments(args: Any) -> None:
-    for name, in_the_way, meaning, instead in _REFUSED:
+def _check_arguments(plan: Plan, args: Any) -> None:
+    refused, what, other = _REFUSED, "layers that differ", ""
+    if uses_deepspeed(plan, args):
+        refused = (*_REFUSED, *_REFUSED_BY_DEEPSPEED)
+        if all(strategy == plan.base for strategy in plan.strategies):
+            what, other = (
+                f"DeepSpeed's zero {plan.base.zero}",
+                ", or zero 0 or 1 by Megatron, without offloading",
+            )
+    for name, in_the_way, meaning, instead in refused:
         value = getattr(args, name, None)
         if value is not None and in_the_way(value):
             raise UnsupportedPlanError(
-                f"--{name.replace('_', '-')} ({value}): {meaning} cannot be combined with layers that differ; "
-                f"valid: {instead}"
+                f"--{name.replace('_', '-')} ({value}): {meaning} cannot be combined with {what}; "
+                f"valid: {instead}{other}"
             )
 
 
@@ -179,11 +222,6 @@ def _check_deepspeed(plan: Plan, args: Any) -> None:
         raise UnsupportedPlanError(
             f"plan offload: no {missing} here, with which DeepSpeed compiles the optimizer for hosts; "
             f"valid: install {missing}, or offload none"
-        )
-    if getattr(args, "check_for_large_grads", False):
-        raise UnsupportedPlanError(
-            "--check-for-large-grads: DeepSpeed's ZeRO does not look for them; valid: leave it out, or "
-            "zero 0 or 1"
         )
 
 

@@ -1,4 +1,4 @@
-"""Where a planned job goes on from."""
+"""What a planned job is refused for, and where it goes on from."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from galvatron_megatron.errors import PlanError
-from galvatron_megatron.integration.job import universal_to_read
+from galvatron_megatron.errors import GalvatronError, PlanError
+from galvatron_megatron.integration.channel import Channel
+from galvatron_megatron.integration.job import PlannedJob, universal_to_read
+from galvatron_megatron.integration.options import Options
 
 
 def test_a_job_with_a_checkpoint_of_its_own_reads_no_other_again(tmp_path: Path, capsys) -> None:
@@ -25,3 +27,35 @@ def test_a_job_with_a_checkpoint_of_its_own_reads_no_other_again(tmp_path: Path,
     assert universal_to_read(Namespace(load=str(own)), tmp_path / "gone") is None
     with pytest.raises(PlanError, match="no latest_universal file"):
         universal_to_read(Namespace(load=None), tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (AssertionError("two\nlines"), "under it: two lines; valid: "),
+        (AssertionError(), "under it: raise error; "),
+    ],
+)
+def test_what_megatron_itself_asserts_of_the_arguments_is_one_line(error: Exception, said: str) -> None:
+    def validate(args: Namespace, defaults: dict) -> None:
+        raise error
+
+    job = PlannedJob(Namespace(rank=0, world_size=1), {}, Options(auto=True), validate)
+    with pytest.raises(GalvatronError) as refused:
+        job.validate()
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_rank_that_megatron_refuses_waits_for_the_word_of_the_first(monkeypatch) -> None:
+    """Rank 0 may have had no objection: the rank ends with its own then."""
+    asked = []
+    monkeypatch.setattr(Channel, "__init__", lambda self, rank, world_size: None)
+    monkeypatch.setattr(Channel, "share", lambda self, work: asked.append(work))
+
+    def validate(args: Namespace, defaults: dict) -> None:
+        raise ValueError("not here")
+
+    job = PlannedJob(Namespace(rank=1, world_size=2), {}, Options(auto=True), validate)
+    with pytest.raises(GalvatronError, match="not here"):
+        job.validate()
+    assert len(asked) == 1

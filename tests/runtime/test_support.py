@@ -10,7 +10,7 @@ from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.strategy import SequenceParallel, Strategy
 from galvatron_megatron.runtime import support
-from galvatron_megatron.runtime.support import check_stage, check_supported
+from galvatron_megatron.runtime.support import check_given, check_stage, check_supported
 from galvatron_megatron.runtime.zero import is_left_to_megatron
 
 TWO = Strategy(tp=2, dp=2)
@@ -83,6 +83,9 @@ def test_a_plan_of_stock_megatron_is_not_questioned():
         ("optimizer", "muon"),
         ("recompute_granularity", "full"),
         ("log_params_norm", True),
+        ("freeze_all_layers", True),
+        ("optimizer_cuda_graph", True),
+        ("overlap_param_gather", True),
         ("use_tp_pp_dp_mapping", True),
         ("ckpt_format", "torch"),
         ("tp_comm_overlap", True),
@@ -154,10 +157,47 @@ def test_layers_that_cannot_run_are_named(strategy, changes, words):
 def test_gradients_and_parameters_are_sharded(zero):
     sharded = replace(ONE, zero=zero)
     check_supported(plan(sharded, sharded, base=sharded), arguments())
-    with pytest.raises(UnsupportedPlanError, match="check-for-large-grads"):
-        check_supported(plan(sharded, TWO), arguments(check_for_large_grads=True))
     with pytest.raises(UnsupportedPlanError, match="use-distributed-optimizer"):
         check_supported(plan(sharded, TWO, base=sharded), arguments(use_distributed_optimizer=True))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["check_for_large_grads", "ddp_reduce_scatter_with_fp32_accumulation", "defer_embedding_wgrad_compute"],
+)
+def test_what_deepspeed_alone_does_not_do_is_named(name):
+    sharded, asked = replace(ONE, zero=3), arguments(**{name: True})
+    check_supported(plan(ONE, TWO), asked)
+    with pytest.raises(
+        UnsupportedPlanError, match=f"--{name.replace('_', '-')} .* layers that differ; valid: "
+    ):
+        check_supported(plan(sharded, TWO), asked)
+    with pytest.raises(UnsupportedPlanError, match=r"DeepSpeed's zero 3; valid: .* or zero 0 or 1 by Megatron"):
+        check_supported(plan(sharded, sharded, base=sharded), asked)
+
+
+def test_what_the_command_line_tells_is_refused_before_megatron_looks_at_it():
+    """Megatron would end the job with an assertion."""
+    check_given(plan(ONE, TWO), arguments(loss_scale=8.0))
+    for refused in (
+        {"use_torch_fsdp2": True},
+        {"overlap_param_gather": True},
+        {"rampup_batch_size": [1, 1, 1]},
+    ):
+        with pytest.raises(UnsupportedPlanError, match="valid: "):
+            check_given(plan(ONE, TWO), arguments(**refused))
+    alike, sharded = plan(ONE, ONE), replace(ONE, zero=1)
+    check_given(alike, arguments(use_torch_fsdp2=True))
+    with pytest.raises(UnsupportedPlanError, match=r"base has zero 0.* or zero 1 in the base"):
+        check_given(alike, arguments(overlap_param_gather=True))
+    check_given(alike, arguments(overlap_param_gather=True, optimizer="dist_muon"))
+    check_given(plan(sharded, TWO, base=sharded), arguments(overlap_param_gather=True))
+
+
+def test_what_a_plan_cannot_be_is_said_of_the_plan():
+    split = Strategy(cp=2, dp=2, zero=3)
+    with pytest.raises(UnsupportedPlanError, match=r"plan\.base\.cp: 2; valid"):
+        check_supported(plan(split, split, base=split), arguments(context_parallel_size=2))
 
 
 def test_sharding_needs_deepspeed(monkeypatch):
