@@ -8,14 +8,15 @@
 #
 # RANKS_PER_NODE  processes on this node, without HOSTFILE (default: the GPUs in CUDA_VISIBLE_DEVICES, else those
 #                 that nvidia-smi lists, else 1)
-# HOSTFILE, NODE_RANK, MASTER_ADDR, MASTER_PORT  as above; NODE_RANK, or a HOSTFILE of this node alone: no ssh
+# HOSTFILE, NODE_RANK, MASTER_ADDR, MASTER_PORT  as above; NODE_RANK, or a HOSTFILE of this node alone: no ssh.
+#                 Without HOSTFILE a /job/hostfile, which deepspeed itself would take, is not looked at.
 # DRY_RUN=1       prints the command instead of running it
 set -euo pipefail
 if [ $# -eq 0 ]; then
-  sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
-stop() { echo "launch/deepspeed.sh: $*" >&2; exit 2; }
+source "$(dirname "${BASH_SOURCE[0]}")/devices.sh"
 free_port() { "${PYTHON:-python}" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
 if [ -n "${PYTHON:-}" ] && [ -x "$(dirname "$PYTHON")/deepspeed" ]; then
   start=("$PYTHON" "$(dirname "$PYTHON")/deepspeed")
@@ -25,11 +26,12 @@ else
 fi
 # Megatron wants it for tensor parallelism: kernels start in the order they were issued.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}"
 if [ -n "${HOSTFILE:-}" ]; then
   [ -r "$HOSTFILE" ] || stop "HOSTFILE: $HOSTFILE cannot be read; valid: lines such as 'node0 slots=8'"
-  if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-    [ "$CUDA_VISIBLE_DEVICES" = "$(seq -s, 0 $((${#gpus[@]} - 1)))" ] || stop "CUDA_VISIBLE_DEVICES: $CUDA_VISIBLE_DEVICES beside HOSTFILE, whose slots are the first devices of a node; valid: one of them"
+  [ -z "${RANKS_PER_NODE:-}" ] || stop "RANKS_PER_NODE: $RANKS_PER_NODE beside HOSTFILE, whose slots say it; valid: one of them"
+  ranks_of_this_node
+  if [ ${#devices[@]} -gt 0 ]; then
+    [ "$CUDA_VISIBLE_DEVICES" = "$(seq -s, 0 $((${#devices[@]} - 1)))" ] || stop "CUDA_VISIBLE_DEVICES: $CUDA_VISIBLE_DEVICES beside HOSTFILE, whose slots are the first devices of a node; valid: one of them"
   fi
   where=(--hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}")
   hosts=$(awk '!/^[[:space:]]*(#|$)/ { print $1 }' "$HOSTFILE")
@@ -46,20 +48,16 @@ if [ -n "${HOSTFILE:-}" ]; then
   [ -z "${MASTER_ADDR:-}" ] || where+=(--master_addr "$MASTER_ADDR")
 else
   [ -z "${NODE_RANK:-}" ] || stop "NODE_RANK: $NODE_RANK without HOSTFILE, which lists the nodes"
-  if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+  ranks_of_this_node
+  # No file: with the usual one, /job/hostfile, deepspeed would start other nodes and ignore the devices given here.
+  where=(--hostfile /dev/null)
+  if [ ${#devices[@]} -gt 0 ]; then
     # With --num_gpus, deepspeed would take the first GPUs of the node, whoever they were given to.
     [[ "$CUDA_VISIBLE_DEVICES" =~ ^[0-9]+(,[0-9]+)*$ ]] || stop "CUDA_VISIBLE_DEVICES: $CUDA_VISIBLE_DEVICES; the deepspeed launcher takes numbers alone; valid: such as 0,1, or launch/torchrun.sh"
-    ranks=${RANKS_PER_NODE:-${#gpus[@]}}
-    [ "$ranks" -ge 1 ] && [ "$ranks" -le "${#gpus[@]}" ] || stop "RANKS_PER_NODE: $ranks, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES; valid: 1 to ${#gpus[@]}"
-    CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:0:$ranks}")
+    CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${devices[*]:0:$ranks}")
     export CUDA_VISIBLE_DEVICES
-    where=()
   else
-    if [ -z "${RANKS_PER_NODE:-}" ]; then
-      RANKS_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
-      [ "$RANKS_PER_NODE" -gt 0 ] || RANKS_PER_NODE=1
-    fi
-    where=(--num_gpus "$RANKS_PER_NODE")
+    where+=(--num_gpus "$ranks")
   fi
   # Any free port: several jobs may run on one machine.
   where+=(--master_addr 127.0.0.1 --master_port "${MASTER_PORT:-$(free_port)}")

@@ -14,21 +14,17 @@ if [ $# -eq 0 ]; then
   sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
-if [ -z "${RANKS_PER_NODE:-}" ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-  IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
-  RANKS_PER_NODE=${#gpus[@]}
-elif [ -z "${RANKS_PER_NODE:-}" ]; then
-  RANKS_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
-  [ "$RANKS_PER_NODE" -gt 0 ] || RANKS_PER_NODE=1
-fi
+source "$(dirname "${BASH_SOURCE[0]}")/devices.sh"
+ranks_of_this_node
 # Megatron wants it for tensor parallelism: kernels start in the order they were issued.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-where=(--nproc-per-node "$RANKS_PER_NODE" --nnodes "${NNODES:-1}")
-if [ "${NNODES:-1}" -eq 1 ]; then
+where=(--nproc-per-node "$ranks" --nnodes "${NNODES:-1}")
+if [ "${NNODES:-1}" = 1 ]; then
   # Any free port: several jobs may run on one machine.
   where+=(--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0)
 else
-  where+=(--node-rank "${NODE_RANK:?the number of this node, from 0}"
-    --master-addr "${MASTER_ADDR:?the first node}" --master-port "${MASTER_PORT:-29500}")
+  [ -n "${NODE_RANK:-}" ] || stop "NODE_RANK: not set for NNODES=$NNODES; valid: the number of this node, from 0"
+  [ -n "${MASTER_ADDR:-}" ] || stop "MASTER_ADDR: not set for NNODES=$NNODES; valid: the first node's name"
+  where+=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
 exec "${PYTHON:-python}" -m torch.distributed.run "${where[@]}" "$@"

@@ -16,14 +16,23 @@ print("SAW", *(os.environ.get(name) for name in names), flush=True)
 """
 
 
-def run(script: str, *words: str, cwd: Path | None = None, **settings: str) -> subprocess.CompletedProcess:
-    """Runs a starter with this test's interpreter and no settings of the job that the test itself is."""
+def run(
+    script: str, *words: str, cwd: Path | None = None, **settings: str | None
+) -> subprocess.CompletedProcess:
+    """Runs a starter with this test's interpreter and no settings of the job that the test itself is.
+
+    Args:
+        script: in launch/.
+        words: its arguments.
+        cwd: directory to run it in.
+        settings: environment; None takes a variable out of it.
+    """
     foreign = ("SLURM_", "PBS_", "MASTER_", "NODE_RANK", "NNODES", "HOSTFILE", "RANK", "WORLD_SIZE", "LOCAL_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     kept |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         ["bash", str(LAUNCH / script), *words],
-        env=kept | settings,
+        env={name: value for name, value in (kept | settings).items() if value is not None},
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -51,6 +60,21 @@ def test_bash_can_read_it(script: Path) -> None:
             ["x.py"],
             {"CUDA_VISIBLE_DEVICES": "2,3", "RANKS_PER_NODE": "3"},
             "RANKS_PER_NODE: 3, but CUDA_VISIBLE_DEVICES=2,3; valid: 1 to 2",
+        ),
+        (
+            "torchrun.sh",
+            ["x.py"],
+            {"CUDA_VISIBLE_DEVICES": "GPU-12ab,GPU-34cd", "RANKS_PER_NODE": "3"},
+            "RANKS_PER_NODE: 3, but CUDA_VISIBLE_DEVICES=GPU-12ab,GPU-34cd; valid: 1 to 2",
+        ),
+        ("torchrun.sh", ["x.py"], {"RANKS_PER_NODE": "all"}, "RANKS_PER_NODE: all; valid: a number from 1"),
+        ("torchrun.sh", ["x.py"], {"NNODES": "2", "MASTER_ADDR": "a"}, "NODE_RANK: not set for NNODES=2"),
+        ("torchrun.sh", ["x.py"], {"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR: not set for NNODES=2"),
+        (
+            "deepspeed.sh",
+            ["x.py"],
+            {"HOSTFILE": "/dev/null", "RANKS_PER_NODE": "3"},
+            "RANKS_PER_NODE: 3 beside HOSTFILE",
         ),
         ("deepspeed.sh", ["x.py"], {"CUDA_VISIBLE_DEVICES": "GPU-12ab"}, "takes numbers alone"),
         ("deepspeed.sh", ["x.py"], {"CUDA_VISIBLE_DEVICES": "2,,3"}, "takes numbers alone"),
@@ -87,8 +111,12 @@ def test_devices_given_to_a_job_are_those_it_runs_on(tmp_path: Path) -> None:
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf 'GPU 0\\nGPU 1\\nGPU 2\\nGPU 3\\n'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    all_of_them = run("deepspeed.sh", "x.py", DRY_RUN="1", PATH=path).stdout
-    assert "--num_gpus 4 " in all_of_them
+    # Nobody said which: all. None, however it is said: ranks on processors.
+    for visible, count in ((None, 4), ("", 1), ("-1", 1), ("NoDevFiles", 1)):
+        command = run("deepspeed.sh", "x.py", DRY_RUN="1", PATH=path, CUDA_VISIBLE_DEVICES=visible).stdout
+        assert f"--num_gpus {count} " in command
+        # Else a /job/hostfile would start other nodes.
+        assert "--hostfile /dev/null " in command
     for ranks, taken in (("", "2,3"), ("2", "2,3"), ("1", "2")):
         settings = {"DRY_RUN": "1", "CUDA_VISIBLE_DEVICES": "2,3", "RANKS_PER_NODE": ranks, "PATH": path}
         command = run("deepspeed.sh", "x.py", **settings).stdout

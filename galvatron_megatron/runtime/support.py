@@ -95,6 +95,9 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
     ("moe_use_upcycling", bool, "upcycling", "leave it out"),
     ("qk_clip", bool, "query-key clipping", "leave it out"),
     ("save_wgrads_interval", bool, "saving gradients", "leave it out"),
+    ("save_dgrads_interval", bool, "saving gradients", "leave it out"),
+    ("save_activations_interval", bool, "saving activations", "leave it out"),
+    ("save_params_interval", bool, "saving one rank's weights", "--save-interval, whose checkpoints are whole"),
 )
 """Argument, when it is in the way, what it stands for, and what to give instead."""
 

@@ -84,6 +84,7 @@ def test_a_plan_of_stock_megatron_is_not_questioned():
         ("recompute_granularity", "full"),
         ("log_params_norm", True),
         ("freeze_all_layers", True),
+        ("save_params_interval", 2),
         ("optimizer_cuda_graph", True),
         ("overlap_param_gather", True),
         ("use_tp_pp_dp_mapping", True),
