@@ -228,6 +228,16 @@ def _check_used(args: Namespace, options: Options) -> None:
             raise GalvatronError(
                 f"{FLAG_PREFIX}{name.replace('_', '-')}: {why}; valid: with --galvatron-auto{also}"
             )
+    if args.galvatron_zero_backend != ZERO_BACKENDS[0] and not options.plans:
+        raise GalvatronError(
+            f"--galvatron-zero-backend {args.galvatron_zero_backend}: nothing is planned; "
+            "valid: with --galvatron-auto or --galvatron-plan"
+        )
+    if args.galvatron_zero_backend != ZERO_BACKENDS[0] and options.uniform:
+        raise GalvatronError(
+            f"--galvatron-zero-backend {args.galvatron_zero_backend}: beside --galvatron-uniform, whose plans "
+            "Megatron's own code runs; valid: one of them"
+        )
     if options.load_universal is not None:
         for name, reason in _BESIDE_UNIVERSAL:
             if getattr(args, name, None):

@@ -52,6 +52,14 @@ def test_flags_are_read(tmp_path):
             ["--galvatron-auto", "--galvatron-uniform", "--galvatron-offload", "parameters"],
             r"--galvatron-offload parameters: beside --galvatron-uniform.*; valid: one of them",
         ),
+        (
+            ["--galvatron-zero-backend", "deepspeed"],
+            r"-zero-backend deepspeed: nothing is planned; valid: with",
+        ),
+        (
+            ["--galvatron-auto", "--galvatron-uniform", "--galvatron-zero-backend", "deepspeed"],
+            r"--galvatron-zero-backend deepspeed: beside --galvatron-uniform.*; valid: one of them",
+        ),
         (["--galvatron-plan-only"], r"--galvatron-plan-only: nothing is planned; valid: with --galvatron-auto"),
         (["--galvatron-profile-dir", "/p"], r"--galvatron-profile-dir: nothing is planned"),
         (["--galvatron-auto", "--galvatron-report", "/no/where/r.json"], r"directory /no/where does not exist"),
