@@ -381,6 +381,7 @@ class AnalyticCostModel:
             state_bytes=state.total,
             activation_bytes=counts.activation_bytes + slack,
             transient_bytes=int(transient * (1 + constants.memory_slack)),
+            host_bytes=host_bytes(shares, strategy, element),
         )
         return PricedLayer(
             cost=cost,
@@ -391,7 +392,6 @@ class AnalyticCostModel:
             state_terms=state_terms,
             activation_terms=kept,
             slack_bytes=slack,
-            host_bytes=host_bytes(shares, strategy, element),
         )
 
     def _phase_work(self, counts: LayerCounts, strategy: Strategy, phases: tuple[str, ...]) -> PhaseWork:

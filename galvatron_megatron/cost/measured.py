@@ -350,6 +350,7 @@ class MeasuredCostModel:
             state_bytes=state.total,
             activation_bytes=kept,
             transient_bytes=round(transient * slack),
+            host_bytes=self._states.host_bytes(parameters, strategy),
         )
         return PricedLayer(
             cost=cost,
@@ -363,7 +364,6 @@ class MeasuredCostModel:
                 Term(name="optimizer states", value=state.optimizer),
             ),
             activation_terms=(Term(name=f"{what} activations", value=kept, source=found.source),),
-            host_bytes=self._states.host_bytes(parameters, strategy),
         )
 
     def _modules(self, part: str, strategy: Strategy, *, norms: bool = True) -> int:

@@ -57,6 +57,8 @@ class LayerCost:
     """Activations kept per live micro-batch."""
     transient_bytes: int
     """Memory needed on top while this layer computes (workspaces, gathered parameters, fp32 logits)."""
+    host_bytes: int = 0
+    """Offloaded states that a rank keeps in the memory of its node."""
 
 
 class CostModel(Protocol):

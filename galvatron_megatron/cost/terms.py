@@ -37,5 +37,8 @@ class PricedLayer:
     """Bytes per live micro-batch; they add up to ``cost.activation_bytes`` without slack."""
     slack_bytes: int = 0
     """Part of ``cost.activation_bytes`` that is allocator rounding and fragmentation."""
-    host_bytes: int = 0
-    """States that a rank keeps in host memory."""
+
+    @property
+    def host_bytes(self) -> int:
+        """States that a rank keeps in host memory."""
+        return self.cost.host_bytes

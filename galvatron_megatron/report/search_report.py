@@ -106,7 +106,7 @@ def _proof(result: SearchResult) -> str:
     if result.searched is not None:
         return "chosen by its simulated schedule"
     if result.gap > 0:
-        return f"interrupted, at most {result.gap:.2%} off"
+        return f"not proven fastest, at most {result.gap:.2%} off"
     layerwise = result.best_layerwise
     if layerwise is None or _decisions(layerwise[0]) == _decisions(result.plan):
         return "proven fastest of the space"

@@ -1,6 +1,7 @@
 """One branch of the decision tree with its layers priced: pipeline degree, batch and micro-batches are
 fixed."""
 
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -11,10 +12,12 @@ from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.strategy import Strategy
 from galvatron_megatron.search.chain import Chain
 from galvatron_megatron.search.decision_tree import Outer, Space, setting_of
+from galvatron_megatron.search.host_shares import HostShares
 from galvatron_megatron.search.multipliers import memory_multipliers
-from galvatron_megatron.search.options import Options, checked, price_options
+from galvatron_megatron.search.options import HOST_ROW, Options, checked, price_options
+from galvatron_megatron.search.positions import Partition, Positions
 from galvatron_megatron.search.spans import Spans, all_spans
-from galvatron_megatron.search.stage_partition import Partition, PipelineProblem, Positions
+from galvatron_megatron.search.stage_partition import PipelineProblem
 
 _MOST_CLASSES = 8
 """Classes of positions whose multipliers are computed; the others take those of the nearest."""
@@ -32,33 +35,28 @@ class Branch:
         self.space, self.cost_model, self.outer = space, cost_model, outer
         self.request = space.request
         model = self.request.model
-        may_offload = self.request.offload_layers
-        entries = [
-            (layer, may_offload is not None and index not in may_offload)
-            for index, layer in enumerate(model.layers)
-        ]
-        first_of = {entry: index for index, entry in reversed(list(enumerate(entries)))}
-        ordered = sorted(first_of, key=first_of.__getitem__)
-        number = {entry: index for index, entry in enumerate(ordered)}
-        self.layers = tuple(layer for layer, _ in ordered)
+        first_of = {layer: index for index, layer in reversed(list(enumerate(model.layers)))}
+        self.layers = tuple(sorted(first_of, key=first_of.__getitem__))
         """One layer of every kind."""
-        self.kinds = tuple(number[entry] for entry in entries)
-        self.counts = np.bincount(self.kinds, minlength=len(ordered))
+        number = {layer: index for index, layer in enumerate(self.layers)}
+        self.kinds = tuple(number[layer] for layer in model.layers)
+        self.counts = np.bincount(self.kinds, minlength=len(self.layers))
         """Layers of every kind."""
-        self.shares = [self.kinds.count(kind) / len(self.kinds) for kind in range(len(ordered))]
+        self.shares = [self.kinds.count(kind) / len(self.kinds) for kind in range(len(self.layers))]
         self.bases = space.bases(outer)
         self.any_setting = setting_of(outer, 1, self.bases[0])
         self._layout_ids: dict[tuple, int] = {}
         flags = (None,) if self.request.constraints.recomputed_layers_per_stage is None else (True, False)
         self.options: dict[tuple[int, bool | None], Options] = {}
-        for kind, (layer, on_device) in enumerate(ordered):
+        for kind, layer in enumerate(self.layers):
             for forced in flags:
                 self.options[kind, forced] = price_options(
                     cost_model,
-                    first_of[layer, on_device],
-                    space.strategies(layer, outer, forced, on_device=on_device),
+                    first_of[layer],
+                    space.strategies(layer, outer, forced),
                     self.any_setting,
                     self._layout_ids,
+                    limits_host=self.request.host_bytes is not None,
                 )
         for base in self.bases:
             self._layout_ids.setdefault(base.layout, len(self._layout_ids))
@@ -71,6 +69,8 @@ class Branch:
         self._numbered: dict = {}
         self._useful: dict[int, dict[tuple[int, bool | None], Options]] = {}
         self._ends: dict[tuple[int, Strategy], tuple[LayerCost, LayerCost]] = {}
+        self.unproven = np.inf
+        """Step seconds that a better plan than those found takes at least, where a search was cut short."""
 
     @property
     def virtual_stages(self) -> tuple[int, ...]:
@@ -176,7 +176,12 @@ class Branch:
             if pp == 1:
                 seconds, sync = seconds + sync / outer.micro_batches, np.zeros(1)
         return distinct, Positions(
-            classes=classes, budget=budget, seconds=seconds, sync=sync, transient=transient
+            classes=classes,
+            budget=budget,
+            seconds=seconds,
+            sync=sync,
+            transient=transient,
+            host=np.full(pp, np.inf),
         )
 
     def chain(
@@ -301,7 +306,9 @@ class Branch:
         kept: list[tuple[Strategy, np.ndarray]] = []
         for base in self.bases:
             setting = setting_of(self.outer, virtual_stages, base)
-            ends = [value for cost in self.ends(virtual_stages, base) for value in checked(cost, "")]
+            priced = [checked(cost, "") for cost in self.ends(virtual_stages, base)]
+            rows = HOST_ROW + (self.request.host_bytes is not None)
+            ends = [value for row in priced for value in row[:rows]]
             rest = [self.cost_model.overhead_bytes(setting, position) for position in range(self.outer.pp)]
             price = np.array([*ends, self.cost_model.send_seconds(setting), *rest])
             if any(s.layout == base.layout and (p <= price).all() for s, p in kept):
@@ -374,21 +381,38 @@ class Branch:
             chain, element_of = self._chains[key] = self.chain(options, virtual_stages, live, positions, base)
         time_limit = cutoff / self.outer.micro_batches  # T >= m * max(t)
         best: tuple[Partition, Spans] | None = None
+        shares = self._host_shares(virtual_stages, base)
         for spans in self.spans(virtual_stages):
-            problem = PipelineProblem(
-                chain,
-                spans,
-                positions,
-                element_of,
-                self.outer.micro_batches,
-                time_limit,
-                self._numbered,
-            )
-            found = problem.solve(cutoff)
+
+            def solved(host: np.ndarray, cutoff: float, spans: Spans = spans) -> Partition | None:
+                problem = PipelineProblem(
+                    chain,
+                    spans,
+                    replace(positions, host=host),
+                    element_of,
+                    self.outer.micro_batches,
+                    time_limit,
+                    self._numbered,
+                )
+                return problem.solve(cutoff)
+
+            found = solved(positions.host, cutoff) if shares is None else shares.solve(solved, cutoff)
             if found is not None:
                 cutoff = found.step_seconds
                 best = (found, spans)
+        if shares is not None:
+            self.unproven = min(self.unproven, shares.unproven)
         return None if best is None else self.plan(*best, virtual_stages, base, options)
+
+    def _host_shares(self, virtual_stages: int, base: Strategy) -> HostShares | None:
+        """The limit of host memory, None where there is none."""
+        if self.request.host_bytes is None:
+            return None
+        ends = np.zeros(self.outer.pp)
+        for position, cost in zip((0, -1), self.ends(virtual_stages, base), strict=True):
+            ends[position] += cost.host_bytes
+        request = self.request
+        return HostShares(self.outer.ranks, request.devices_per_node, request.host_bytes, ends)
 
     def plan(
         self, partition: Partition, spans: Spans, virtual_stages: int, base: Strategy, options: dict

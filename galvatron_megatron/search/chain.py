@@ -39,6 +39,7 @@ class FastestPath:
     bytes: np.ndarray
     """State and live activations in every class of positions, [D]."""
     transient: float
+    host: float
     choices: tuple[int, ...]
     """Index of the strategy of every layer element."""
 
@@ -212,7 +213,7 @@ class Chain:
         found = self._fastest.get(sequence)
         if found is not None:
             return found
-        seconds = sync = transient = 0.0
+        seconds = sync = transient = host = 0.0
         layout = self.base
         bytes_ = np.zeros(self.live.shape[0])
         choices = []
@@ -228,6 +229,7 @@ class Chain:
             seconds += self.reshard[layout, options.layouts[choice]] + options.seconds[choice]
             sync += options.sync[choice]
             transient = max(transient, options.transient[choice])
+            host += options.host[choice]
             bytes_ = bytes_ + self.bytes_of(element)[:, choice]
             layout = options.layouts[choice]
             choices.append(choice)
@@ -237,6 +239,7 @@ class Chain:
             sync=float(sync),
             bytes=bytes_,
             transient=float(transient),
+            host=float(host),
             choices=tuple(choices),
         )
         self._fastest[sequence] = found

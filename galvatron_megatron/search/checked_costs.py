@@ -12,7 +12,7 @@ _LARGEST = 2**50  # sums of up to 8,000 such numbers of bytes are still exact in
 
 
 def checked(cost: LayerCost, where: str, *values: object) -> tuple[float, ...]:
-    """Reads a price as five floats.
+    """Reads a price as six floats.
 
     Args:
         cost: the price.
@@ -28,6 +28,7 @@ def checked(cost: LayerCost, where: str, *values: object) -> tuple[float, ...]:
         cost.state_bytes,
         cost.activation_bytes,
         cost.transient_bytes,
+        cost.host_bytes,
     )
     # One comparison accepts almost every row: a NaN or negative number makes it false.
     sound = min(row) >= 0 and max(row) < _LARGEST and not math.isnan(sum(row))

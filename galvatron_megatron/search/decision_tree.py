@@ -283,16 +283,15 @@ class Space:
             else:
                 yield zero
 
-    def _shardings(self, replicas: int, *, on_device: bool = False) -> Iterator[tuple[int, Offload]]:
+    def _shardings(self, replicas: int, offloads: tuple[Offload, ...]) -> Iterator[tuple[int, Offload]]:
         """ZeRO stages with what each may keep on the host.
 
         A rank that shards with nobody still needs DeepSpeed's classes to offload: the lowest stage will do.
 
         Args:
             replicas: ranks that hold the same weights.
-            on_device: nothing may be kept on the host.
+            offloads: what may be kept on the host.
         """
-        offloads = (Offload.NONE,) if on_device else self.request.offloads
         self.cuts["offload_allowed"] += sum(kind not in offloads for kind in Offload)
         for zero in self._zero_stages(replicas):
             for offload in offloads:
@@ -329,20 +328,17 @@ class Space:
                 found.append(kind)
         return tuple(found)
 
-    def strategies(
-        self, layer: Layer, outer: Outer, forced: bool | None = None, *, on_device: bool = False
-    ) -> tuple[Strategy, ...]:
+    def strategies(self, layer: Layer, outer: Outer, forced: bool | None = None) -> tuple[Strategy, ...]:
         """All strategies of a layer, the simplest first.
 
         Args:
             layer: the layer.
             outer: decisions above it.
             forced: see ``recompute_kinds``.
-            on_device: the layer keeps nothing in host memory.
         """
-        key = (layer, outer.ranks, forced, on_device)
+        key = (layer, outer.ranks, forced)
         if key not in self._strategies:
-            self._strategies[key] = tuple(self._generate(layer, outer.ranks, forced, on_device))
+            self._strategies[key] = tuple(self._generate(layer, outer.ranks, forced))
         found = []
         for strategy in self._strategies[key]:
             if outer.samples % strategy.dp:
@@ -351,11 +347,12 @@ class Space:
                 found.append(strategy)
         return tuple(found)
 
-    def _generate(self, layer: Layer, ranks: int, forced: bool | None, on_device: bool) -> Iterator[Strategy]:
+    def _generate(self, layer: Layer, ranks: int, forced: bool | None) -> Iterator[Strategy]:
         kinds = self.recompute_kinds(layer, forced)
-        if layer.experts is not None and not on_device:
-            self.cuts["offload_experts"] += len(self.request.offloads) - (Offload.NONE in self.request.offloads)
-            on_device = True
+        offloads = self.request.offloads
+        if layer.experts is not None:
+            self.cuts["offload_experts"] += len(offloads) - (Offload.NONE in offloads)
+            offloads = (Offload.NONE,)
         for tp, kind, cp, dp in self._layouts(ranks):
             rule = tp_rule(layer, self.request.model, tp, kind) or cp_rule(layer, cp)
             if rule is not None:
@@ -364,7 +361,7 @@ class Space:
             replicas = ranks if kind is SequenceParallel.ULYSSES else cp * dp
             shards = 1 if kind is SequenceParallel.ULYSSES else tp
             for (zero, offload), experts in product(
-                self._shardings(replicas, on_device=on_device),
+                self._shardings(replicas, offloads),
                 self._expert_degrees(layer.experts, shards, ranks),
             ):
                 for recompute in kinds:
@@ -425,7 +422,7 @@ class Space:
                 if rules:
                     self.cuts[min(rules)] += 1
                     continue
-                for zero, offload in self._shardings(cp * dp, on_device=not self.request.offload_ends):
+                for zero, offload in self._shardings(cp * dp, self.request.offloads):
                     found.append(
                         Strategy(tp=tp, sequence_parallel=kind, cp=cp, dp=dp, zero=zero, offload=offload)
                     )

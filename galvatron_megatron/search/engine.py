@@ -133,7 +133,12 @@ class _Run:
 
     def gap(self) -> float:
         """How far the best plan can be from the optimum, as a fraction."""
-        return 1.0 if self.best is None else max(0.0, 1 - self.open_bound / self.best[0])
+        bound = min(self.open_bound, self.unproven())
+        return 1.0 if self.best is None else max(0.0, 1 - bound / self.best[0])
+
+    def unproven(self) -> float:
+        """Seconds per sample that a plan takes at least where the search for one was cut short."""
+        return min((self.per_sample(branch.unproven, branch) for branch in self.branches), default=np.inf)
 
     def uniform(self) -> None:
         """Best uniform plan."""
@@ -277,7 +282,7 @@ class _Run:
             runners_up=[(p, v * p.global_batch_size) for v, p in self.others()[: self.request.runners_up]],
             best_uniform=uniform,
             best_layerwise=layerwise if self.request.layerwise else None,
-            gap=self.gap() if self.interrupted else 0.0,
+            gap=self.gap(),
             outer_points=self.points,
             solved_points=self.solved,
         )

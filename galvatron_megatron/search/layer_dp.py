@@ -34,6 +34,8 @@ class Assignment:
     transient: float
     choices: tuple[int, ...]
     """Index of the strategy of every layer element, boundaries left out."""
+    host: float = 0.0
+    """Bytes in host memory, where these are limited."""
 
 
 class StageSearch:
@@ -52,6 +54,7 @@ class StageSearch:
         *,
         constant_transient: float = 0.0,
         sync_limit: float = np.inf,
+        host_limit: float = np.inf,
     ) -> None:
         """Sets the limits.
 
@@ -62,6 +65,7 @@ class StageSearch:
             budget: bytes for state, live activations and the largest transient.
             constant_transient: transient bytes of embedding or head, which the largest is at least.
             sync_limit: seconds of synchronisation that the layers may take.
+            host_limit: bytes that the layers may keep in host memory.
         """
         self.chain = chain
         self.sequence = sequence
@@ -69,7 +73,9 @@ class StageSearch:
         self.budget = budget
         self.transient = constant_transient
         self.sync_limit = sync_limit
+        self.host_limit = host_limit
         self.limits_sync = bool(np.isfinite(sync_limit))
+        self.limits_host = bool(np.isfinite(host_limit))
         self.dual: list[DualRow] = []
         self._lower = -np.inf
 
@@ -86,7 +92,13 @@ class StageSearch:
             self._lower = np.inf
             return np.inf
         self.dual, ascended = best_dual(
-            chain, self.sequence, self.position, self.budget - floor, self.sync_limit, time_limit
+            chain,
+            self.sequence,
+            self.position,
+            self.budget - floor,
+            self.sync_limit,
+            time_limit,
+            host_limit=self.host_limit,
         )
         self._lower = max(self._lower, ascended)
         return self._lower
@@ -109,7 +121,8 @@ class StageSearch:
     def run(self, allowed: float) -> Assignment | None:
         """Label setting with a given time allowed."""
         chain = self.chain
-        labels = np.array([[0.0], [0.0], [0.0], [self.transient]])
+        rows = 5 if self.limits_host else 4
+        labels = np.array([[0.0], [0.0], [0.0], [self.transient], [0.0]])[:rows]
         layouts = np.array([chain.base], dtype=np.intp)
         history: list[tuple[np.ndarray, np.ndarray] | None] = []
         limit = allowed + _SLACK * abs(allowed) if np.isfinite(allowed) else np.inf
@@ -124,17 +137,19 @@ class StageSearch:
                 continue
             options = chain.elements[element]
             count, width = labels.shape[1], len(options.strategies)
-            new = np.empty((4, count, width))
+            new = np.empty((rows, count, width))
             new[0] = labels[0][:, None] + chain.reshard[layouts][:, options.layouts] + options.seconds
             new[1] = labels[1][:, None] + options.sync
             new[2] = labels[2][:, None] + chain.bytes_of(element)[self.position]
             np.maximum(labels[3][:, None], options.transient, out=new[3])
+            if self.limits_host:
+                new[4] = labels[4][:, None] + options.host
             rest = chain.tail(self.sequence[index + 1 :])[:, self.position, :][:, options.layouts]  # [R, S]
             keep = self._can_finish(new, rest, limit, index, options.layouts)
             flat = np.flatnonzero(keep)
             if not len(flat):
                 return None
-            labels = new.reshape(4, -1)[:, flat]
+            labels = new.reshape(rows, -1)[:, flat]
             parents, choices = np.divmod(flat, width)
             layouts = options.layouts[choices]
             kept = _undominated(labels, layouts, self.limits_sync, chain.detour)
@@ -142,6 +157,8 @@ class StageSearch:
             history.append((parents[kept], choices[kept]))
         seconds = labels[0] + chain.reshard[layouts, chain.base]
         fits = (labels[2] + labels[3] <= self.budget) & (labels[1] <= self.sync_limit) & (seconds <= limit)
+        if self.limits_host:
+            fits &= labels[4] <= self.host_limit
         ends = np.flatnonzero(fits)
         if not len(ends):
             return None
@@ -155,6 +172,8 @@ class StageSearch:
         keep = spare >= rest[BYTES_ROW]
         if self.limits_sync:
             keep &= new[1] + rest[SYNC_ROW] <= self.sync_limit * (1 + _SLACK)
+        if self.limits_host:
+            keep &= new[4] <= self.host_limit
         if not np.isfinite(limit):
             return keep
         for row in self.dual:
@@ -164,6 +183,8 @@ class StageSearch:
                 bound -= beta * spare + _SLACK * np.abs(beta * spare)
             if kappa:
                 bound -= kappa * (self.sync_limit - new[1])
+            if row.mu:
+                bound -= row.mu * (self.host_limit - new[4]) * (1 + _SLACK)
             keep &= bound <= limit
         return keep
 
@@ -179,30 +200,43 @@ class StageSearch:
             bytes=float(label[2]),
             transient=float(label[3]),
             choices=tuple(reversed(choices)),
+            host=float(label[4]) if self.limits_host else self._kept_on_host(choices),
+        )
+
+    def _kept_on_host(self, choices: list[int]) -> float:
+        """Bytes in host memory of a path, given from its end."""
+        elements = [element for element in self.sequence if element != BOUNDARY]
+        return float(
+            sum(
+                self.chain.elements[element].host[choice]
+                for element, choice in zip(reversed(elements), choices, strict=True)
+            )
         )
 
 
 def _undominated(labels: np.ndarray, layouts: np.ndarray, with_sync: bool, detour: np.ndarray) -> np.ndarray:
-    """Indices of labels [4, n] that no other equals or beats, wherever both go from their layouts.
+    """Indices of labels [4 or 5, n] that no other equals or beats, wherever both go from their layouts.
 
     Where sync is not limited it only breaks ties between labels of one layout that are equal in everything
     else.
 
     Args:
-        labels: seconds, sync, bytes and largest transient of every label.
+        labels: seconds, sync, bytes and largest transient of every label, and bytes in host memory where these
+            are limited.
         layouts: layout of every label.
         with_sync: sync is limited.
         detour: [K, K] most seconds that a label in the first layout must be ahead of one in the second to
             stay so.
     """
-    order = np.lexsort((labels[1], labels[3], labels[2], labels[0], layouts))
+    order = np.lexsort((*labels[4:], labels[1], labels[3], labels[2], labels[0], layouts))
     if len(order) == 1:
         return order
     bounds = np.flatnonzero(np.diff(layouts[order])) + 1
     kept = []
     for group in np.split(order, bounds):
         kept.append(group if len(group) == 1 else group[_front(labels[:, group], with_sync)])
-    if len(kept) > 1 and not with_sync and len(order) > _FEW and labels[3].min() == labels[3].max():
+    is_plain = len(labels) == 4 and not with_sync and labels[3].min() == labels[3].max()
+    if len(kept) > 1 and is_plain and len(order) > _FEW:
         kept = _across(labels, layouts, kept, detour)
     return np.concatenate(kept)
 
@@ -239,7 +273,13 @@ def _across(
 
 
 def _front(labels: np.ndarray, with_sync: bool) -> np.ndarray:
-    """Mask of undominated labels [4, n] already sorted by seconds, then bytes, transient and sync."""
+    """Mask of undominated labels [4 or 5, n] already sorted by seconds, then bytes, transient and sync."""
+    if len(labels) > 4:
+        keep, host = np.zeros(labels.shape[1], dtype=bool), labels[4]
+        for level in np.unique(host):
+            inside = np.flatnonzero(host <= level)
+            keep[inside[_front(labels[:4, inside], with_sync) & (host[inside] == level)]] = True
+        return keep
     bytes_, transient, sync = labels[2], labels[3], labels[1]
     if not with_sync and transient.min() == transient.max():
         keep = np.ones(len(bytes_), dtype=bool)

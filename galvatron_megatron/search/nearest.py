@@ -16,8 +16,9 @@ from galvatron_megatron.search.chain import BOUNDARY
 from galvatron_megatron.search.decision_tree import Space
 from galvatron_megatron.search.evaluation import evaluate
 from galvatron_megatron.search.layer_dp import Assignment
+from galvatron_megatron.search.positions import Partition
 from galvatron_megatron.search.request import SearchRequest
-from galvatron_megatron.search.stage_partition import Partition, PipelineProblem
+from galvatron_megatron.search.stage_partition import PipelineProblem
 
 _GIB = 2**30
 

@@ -9,6 +9,8 @@ from galvatron_megatron.cost.protocol import CostModel, Setting
 from galvatron_megatron.plan.strategy import Strategy
 from galvatron_megatron.search.checked_costs import checked
 
+HOST_ROW = 5
+
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Options:
@@ -21,7 +23,7 @@ class Options:
     layouts: np.ndarray
     """Index of the layout of every strategy, [S] int."""
     prices: np.ndarray
-    """[5, S] float64: the rows below."""
+    """[6, S] float64: the rows below."""
 
     @property
     def seconds(self) -> np.ndarray:
@@ -48,6 +50,11 @@ class Options:
         """Transient bytes, [S]."""
         return self.prices[4]
 
+    @property
+    def host(self) -> np.ndarray:
+        """Bytes in host memory, [S]; zeros where that is no limit."""
+        return self.prices[HOST_ROW]
+
     def take(self, chosen: np.ndarray) -> "Options":
         """Keeps the strategies at the given indices, in their order."""
         return Options(
@@ -65,10 +72,10 @@ class Options:
         )
 
     def undominated(self) -> "Options":
-        """Drops every strategy that another one of the same layout beats or equals in all five prices.
+        """Drops every strategy that another one of the same layout beats or equals in all prices.
 
-        Exact for every pipeline position, since time and memory are monotone in all five; of equals the first,
-        the simplest, stays.
+        Exact for every pipeline position, since time and memory are monotone in all of them; of equals the
+        first, the simplest, stays.
         """
         prices = self.prices
         better = (self.layouts[:, None] == self.layouts[None, :]) & (
@@ -87,6 +94,8 @@ def price_options(
     strategies: Sequence[Strategy],
     setting: Setting,
     layout_ids: dict[tuple, int],
+    *,
+    limits_host: bool = False,
 ) -> Options:
     """Prices all strategies of one layer.
 
@@ -96,6 +105,7 @@ def price_options(
         strategies: the simplest first.
         setting: outer decisions; only pp, micro-batches and samples may matter (see ``CostModel``).
         layout_ids: numbers of the layouts seen so far; extended here.
+        limits_host: host memory is limited, so that what is kept there counts.
 
     Raises:
         SearchError: a price is not a number one can plan with.
@@ -103,8 +113,6 @@ def price_options(
     price = cost_model.layer_cost
     rows = [checked(price(layer, s, setting), "layer {} under {}", layer, s) for s in strategies]
     layouts = [layout_ids.setdefault(s.layout, len(layout_ids)) for s in strategies]
-    return Options(
-        strategies=tuple(strategies),
-        layouts=np.array(layouts, dtype=np.intp),
-        prices=np.ascontiguousarray(np.array(rows, dtype=np.float64).reshape(len(rows), 5).T),
-    )
+    prices = np.ascontiguousarray(np.array(rows, dtype=np.float64).reshape(len(rows), HOST_ROW + 1).T)
+    prices[HOST_ROW] *= limits_host
+    return Options(strategies=tuple(strategies), layouts=np.array(layouts, dtype=np.intp), prices=prices)

@@ -44,10 +44,8 @@ class SearchRequest:
     """Experts may be shared out over ranks."""
     offloads: tuple[Offload, ...] = (Offload.NONE,)
     """What may be kept in host memory; priced only where the cluster describes its hosts."""
-    offload_layers: frozenset[int] | None = None
-    """Numbers of the layers that may keep it there; None for all."""
-    offload_ends: bool = True
-    """Embedding and head may keep it there."""
+    host_bytes: int | None = None
+    """Memory of a node that its ranks may keep offloaded states in, together; None where that is no limit."""
     allow_interleaving: bool = True
     max_virtual_stages: int = 8
     tp_across_nodes: bool = False
@@ -87,8 +85,8 @@ class SearchRequest:
             )
         if not self.offloads or not all(isinstance(kind, Offload) for kind in self.offloads):
             raise SearchError(f"search offloads: {self.offloads!r}; valid: some of {tuple(Offload)}")
-        if self.offload_layers is not None and Offload.NONE not in self.offloads:
-            raise SearchError(f"search offloads: {self.offloads!r}, of some layers; valid: none among them")
+        if self.host_bytes is not None and (type(self.host_bytes) is not int or self.host_bytes < 0):
+            raise SearchError(f"search host_bytes: {self.host_bytes!r}; valid: an integer >= 0, or None")
         if not 0 <= self.uniform_margin < 1:
             raise SearchError(f"search uniform_margin: {self.uniform_margin!r}; valid: 0 <= fraction < 1")
         for name in ("min_tokens_per_rank", "runners_up"):

@@ -6,7 +6,7 @@ layouts that differ in the ZeRO stage of embedding and head, families of partiti
 synchronisation share the work.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,10 +26,19 @@ class Limits:
     """Transient bytes of embedding or head, which the largest is at least."""
     sync: float = np.inf
     """Seconds of synchronisation that its layers may take."""
+    host: float = np.inf
+    """Bytes that its layers may keep in host memory."""
 
     def covers(self, other: "Limits") -> bool:
         """True where whatever keeps the other limits keeps these."""
-        return other.budget <= self.budget and other.transient >= self.transient and other.sync <= self.sync
+        looser = other.budget <= self.budget and other.transient >= self.transient
+        return looser and other.sync <= self.sync and other.host <= self.host
+
+    @property
+    def in_turn(self) -> tuple["Limits", ...]:
+        """What to ask for, the easiest first: as a rule its answer keeps the other limits as well."""
+        without_sync = replace(self, sync=np.inf)
+        return tuple(dict.fromkeys((replace(without_sync, host=np.inf), without_sync, self)))
 
 
 @dataclass(slots=True)
@@ -46,7 +55,7 @@ class StageAnswers:
         """The fastest assignment, where known."""
         for known, found in self.solved:
             fits = found.bytes + max(found.transient, limits.transient) <= limits.budget
-            if fits and found.sync <= limits.sync and known.covers(limits):
+            if fits and found.sync <= limits.sync and found.host <= limits.host and known.covers(limits):
                 return found
         return None
 

@@ -13,7 +13,7 @@ exact ones
 (``layer_dp``) only where a best path uses them: when every stage of a best path is exact, so is the path.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import count, pairwise
 
@@ -22,36 +22,11 @@ import numpy as np
 from galvatron_megatron.search.chain import BOUNDARY, BYTES_ROW, SYNC_ROW, Chain
 from galvatron_megatron.search.layer_dp import Assignment, StageSearch
 from galvatron_megatron.search.options import Options
+from galvatron_megatron.search.positions import Partition, Positions
 from galvatron_megatron.search.spans import Spans
 from galvatron_megatron.search.stage_answers import ROUNDING, Limits, StageAnswers
 
 _NEAR = 2e-3
-
-
-@dataclass(kw_only=True, frozen=True, slots=True)
-class Positions:
-    """What differs between the ranks of a pipeline; arrays of length P."""
-
-    classes: np.ndarray
-    """Class of live micro-batches, an index into ``Chain.live``."""
-    budget: np.ndarray
-    """Bytes for state, live activations and the largest transient of the layers."""
-    seconds: np.ndarray
-    """Constant part of the stage time: embedding, head, sends."""
-    sync: np.ndarray
-    """Constant part of the synchronisation."""
-    transient: np.ndarray
-    """Transient bytes of embedding or head."""
-
-
-@dataclass(kw_only=True, frozen=True, slots=True)
-class Partition:
-    """Stages of one pipeline and the strategies in them."""
-
-    step_seconds: float
-    cuts: tuple[int, ...]
-    """P + 1 places on the width of the spans, from 0."""
-    assignments: tuple[Assignment, ...]
 
 
 class PipelineProblem:
@@ -188,6 +163,7 @@ class PipelineProblem:
             budget=float(positions.budget[position]),
             transient=float(positions.transient[position]),
             sync=float(sync_limit - positions.sync[position]),
+            host=float(positions.host[position]),
         )
 
     def _tighten(
@@ -222,22 +198,25 @@ class PipelineProblem:
         used = float(path.bytes[self.positions.classes[position]])
         if path.sync > limits.sync or used + max(path.transient, limits.transient) > limits.budget:
             return False
+        if path.host > limits.host:
+            return False
         found = Assignment(
-            seconds=path.seconds, sync=path.sync, bytes=used, transient=path.transient, choices=path.choices
+            seconds=path.seconds,
+            sync=path.sync,
+            bytes=used,
+            transient=path.transient,
+            choices=path.choices,
+            host=path.host,
         )
         self._stage(position, number).solved.append((Limits(budget=np.inf, transient=0.0), found))
         self._retighten(number, sync_limit)
         return True
 
     def _learn(self, position: int, number: int, time_limit: float, sync_limit: float) -> None:
-        """Learns more about a stage that is not exact: a sharper bound at first, then the answer.
-
-        Without a limit on sync the problem has a dimension less, and as a rule its answer keeps the limit.
-        """
+        """Learns more about a stage that is not exact: a sharper bound at first, then the answer."""
         stage = self._stage(position, number)
         limits = self._limits(position, sync_limit)
-        needs_sync = self._needs_sync(position, number, sync_limit)
-        asked = limits if needs_sync else replace(limits, sync=np.inf)
+        asked = next(each for each in limits.in_turn if stage.exact(each) is None)
         limit = time_limit - self.positions.seconds[position]
         search = stage.searches.get(asked)
         if search is None:
@@ -248,6 +227,7 @@ class PipelineProblem:
                 asked.budget,
                 constant_transient=asked.transient,
                 sync_limit=asked.sync,
+                host_limit=asked.host,
             )
             stage.refuted.append((asked, search.lower_bound(limit) * (1 - 4 * ROUNDING)))
         else:
@@ -501,7 +481,8 @@ class PipelineProblem:
             cap_t = min(high_t, low_t + gain / self.slowest_weight) if self.slowest_weight > 0 else high_t
             cap_y = min(high_y, low_y + gain)
             slow, late = max(times), max(syncs)
-            if slow > cap_t or late > cap_y:
+            # A stage keeps its limit beside what is constant, so that the sum may be off by rounding.
+            if slow > cap_t * (1 + ROUNDING) or late > cap_y * (1 + ROUNDING):
                 push(low_t, cap_t, low_y, cap_y, None)
                 continue
             # The known path is inside the caps, so the box must be split where the path stands out most.

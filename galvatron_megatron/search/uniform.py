@@ -13,8 +13,8 @@ import numpy as np
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.strategy import Recompute, Strategy
 from galvatron_megatron.search.branch import Branch
+from galvatron_megatron.search.positions import Positions
 from galvatron_megatron.search.spans import MOST_SHORT
-from galvatron_megatron.search.stage_partition import Positions
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -108,7 +108,7 @@ class _Capacity:
         outer, virtual = point.branch.outer, point.virtual_stages
         self.virtual, self.positions, self.layers = virtual, positions, len(point.branch.kinds)
         prices = np.array([point.branch.options[key].prices[:, index] for key, index in point.chosen.items()])
-        self.seconds, _, state, activation, transient = prices.min(0)
+        self.seconds, _, state, activation, transient, _ = prices.min(0)
         if outer.pp == 1:
             self.seconds = (prices[:, 0] + prices[:, 1] / outer.micro_batches).min()
         spare = positions.budget - np.maximum(positions.transient, transient)

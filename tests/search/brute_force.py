@@ -66,18 +66,32 @@ def best_in_setting(request, costs, space, outer, virtual, base, uniform=False) 
                     fronts[key] = rank_front(request, costs, space, outer, setting, position, ranges, only)
                 stages.append(fronts[key])
             for combination in product(*stages):
-                times, syncs = zip(*combination, strict=True)
+                times, syncs, hosts = zip(*combination, strict=True)
+                if not fits_hosts(request, outer.ranks, hosts):
+                    continue
                 best = min(best, step_seconds(times, syncs, outer.micro_batches, virtual))
     return best
 
 
+def fits_hosts(request, stage_ranks, hosts) -> bool:
+    """Whether no node keeps more than it may, where each rank of a stage keeps so much."""
+    if request.host_bytes is None:
+        return True
+    by_rank = [size for size in hosts for _ in range(stage_ranks)]
+    nodes = range(0, len(by_rank), request.devices_per_node)
+    return all(sum(by_rank[first : first + request.devices_per_node]) <= request.host_bytes for first in nodes)
+
+
 def rank_front(request, costs, space, outer, setting, position, ranges, only):
-    """Undominated (seconds, sync) of all assignments of one rank that fit."""
+    """Undominated (seconds, sync, host bytes) of all assignments of one rank that fit.
+
+    Host bytes are zero where they are not limited.
+    """
     model, pp = request.model, setting.pp
     live = live_micro_batches(pp, position, setting.micro_batches, setting.virtual_stages)
     indices = [(index, chunk) for chunk, (first, last) in enumerate(ranges) for index in range(first, last)]
     options = [space.strategies(model.layers[i], outer) if only is None else [only] for i, _ in indices]
-    fixed_t = fixed_y = 0.0
+    fixed_t = fixed_y = fixed_h = 0.0
     fixed_b, fixed_x = costs.overhead_bytes(setting, position), 0
     ends = []
     if position == 0:
@@ -89,17 +103,20 @@ def rank_front(request, costs, space, outer, setting, position, ranges, only):
         fixed_y += cost.sync_seconds
         fixed_b += cost.state_bytes + alive * cost.activation_bytes
         fixed_x = max(fixed_x, cost.transient_bytes)
+        fixed_h += cost.host_bytes
     sends = setting.virtual_stages - (1 if position == pp - 1 else 0)
     fixed_t += sends * costs.send_seconds(setting)
     grids = np.indices([len(o) for o in options]).reshape(len(options), -1)
     t, y = np.full(grids.shape[1], fixed_t), np.full(grids.shape[1], fixed_y)
     b, x = np.full(grids.shape[1], fixed_b), np.full(grids.shape[1], fixed_x)
+    h = np.full(grids.shape[1], fixed_h)
     for slot, (index, chunk) in enumerate(indices):
         prices = [costs.layer_cost(index, s, setting) for s in options[slot]]
         t += np.array([p.micro_batch_seconds for p in prices])[grids[slot]]
         y += np.array([p.sync_seconds for p in prices])[grids[slot]]
         b += np.array([p.state_bytes + live[chunk] * p.activation_bytes for p in prices])[grids[slot]]
         x = np.maximum(x, np.array([p.transient_bytes for p in prices])[grids[slot]])
+        h += np.array([p.host_bytes for p in prices])[grids[slot]]
         first, last = ranges[chunk]
         if index == first:
             moves = [costs.reshard_seconds(index, setting.base, s, setting) for s in options[slot]]
@@ -113,10 +130,11 @@ def rank_front(request, costs, space, outer, setting, position, ranges, only):
             moves = [costs.reshard_seconds(index + 1, s, setting.base, setting) for s in options[slot]]
             t += np.array(moves)[grids[slot]]
     fits = b + x <= request.memory_bytes
-    order = np.lexsort((y[fits], t[fits]))
-    front, least = [], np.inf
-    for seconds, sync in zip(t[fits][order].tolist(), y[fits][order].tolist(), strict=True):
-        if sync < least:
-            front.append((seconds, sync))
-            least = sync
-    return front
+    if request.host_bytes is None:
+        h[:] = 0.0
+    found = np.unique(np.stack([t, y, h], axis=1)[fits], axis=0)
+    front = np.empty((0, 3))
+    for label in found:
+        if not (front <= label).all(1).any():
+            front = np.vstack([front, label])
+    return [tuple(label) for label in front.tolist()]

@@ -6,7 +6,7 @@ from functools import lru_cache
 from galvatron_megatron.cost.protocol import LayerCost, Setting
 from galvatron_megatron.describe.model import Attention, Layer, Mlp, Model
 from galvatron_megatron.plan.layer_kind import LayerKind
-from galvatron_megatron.plan.strategy import Strategy
+from galvatron_megatron.plan.strategy import Offload, Strategy
 
 
 def tiny_model(kinds: list[int], **changes: object) -> Model:
@@ -77,6 +77,7 @@ class RandomCosts:
             state_bytes=generator.randint(0, int(60 * scale)),
             activation_bytes=generator.randint(0, int(30 * scale)),
             transient_bytes=generator.choice([0, 0, generator.randint(0, 40)]),
+            host_bytes=0 if strategy.offload is Offload.NONE else generator.randint(0, 20),
         )
 
     def layer_cost(self, layer: int, strategy: Strategy, setting: Setting) -> LayerCost:
@@ -92,6 +93,7 @@ class RandomCosts:
             state_bytes=generator.randint(0, 20),
             activation_bytes=generator.randint(0, 10),
             transient_bytes=generator.randint(0, 30),
+            host_bytes=0 if setting.base.offload is Offload.NONE else generator.randint(0, 20),
         )
 
     def embedding_cost(self, setting: Setting) -> LayerCost:

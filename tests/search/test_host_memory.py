@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 from profiles import FOUR_RANKS, small_model, small_profile
 
-from galvatron_megatron.cost.host_memory import node_host_bytes
+from galvatron_megatron.cost.host_memory import HostUse, node_host_bytes
 from galvatron_megatron.cost.measured import MeasuredCostModel
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.describe.cluster import Host
@@ -17,7 +17,7 @@ from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.strategy import Offload, Recompute, Strategy
 from galvatron_megatron.search.engine import search
 from galvatron_megatron.search.evaluation import evaluate
-from galvatron_megatron.search.host_memory import offloading_no_more, offloads, search_within_hosts
+from galvatron_megatron.search.host_memory import offloads, search_within_hosts
 from galvatron_megatron.search.request import SearchRequest
 
 LAYERS = 8
@@ -149,26 +149,50 @@ def test_where_the_devices_have_the_whole_node_nothing_is_offloaded():
     assert search_within_hosts(only, COSTS, 0, find)[1] is None
 
 
-def test_the_same_question_with_no_more_on_the_host():
-    plan = plan_with(2, True)
-    asked = offloading_no_more(request(1 << 40), plan)
-    assert (asked.offload_layers, asked.offload_ends) == ({0, 1}, True)
-    tight = search(replace(asked, memory_bytes=needs(plan)), COSTS).plan
-    assert node_host_bytes(tight, COSTS, 4) == KEPT[plan]
-    assert not offloading_no_more(asked, plan_with(0, False)).offload_ends
+def test_stages_have_shares_of_their_own():
+    """Against all plans of a small space: the first stage has more micro-batches alive, and keeps more."""
+    pipeline = {"constraints": Constraints(tp=1, pp=2, micro_batch_size=1, recompute=Recompute.NONE, zero=1)}
+    plans = [
+        pipelined(cut, (first, second), ends)
+        for cut in range(1, LAYERS)
+        for first in range(cut + 1)
+        for second in range(LAYERS - cut + 1)
+        for ends in (False, True)
+    ]
+    kept = {plan: node_host_bytes(plan, COSTS, 4) for plan in plans}
+    seconds = {plan: evaluate(plan, COSTS).step_seconds for plan in plans}
+    shares = set()
+    least, most = (needs(pipelined(LAYERS // 2, (count, count), count > 0)) for count in (LAYERS // 2, 0))
+    for share in (0.1, 0.4, 0.7):
+        asked = request(round(least + share * (most - 1 - least)), **pipeline)
+        room = [plan for plan in plans if needs(plan) <= asked.memory_bytes]
+        for host in (max(kept.values()) * part // 10 for part in (4, 6, 8)):
+            fitting = [plan for plan in room if kept[plan] <= host]
+            if not fitting:
+                with pytest.raises(SearchError, match="nothing fits"):
+                    search(replace(asked, host_bytes=host), COSTS)
+                continue
+            found = search(replace(asked, host_bytes=host), COSTS)
+            assert seconds[found.plan] == min(map(seconds.get, fitting))
+            assert found.gap == 0.0
+            assert HostUse.of(found.plan, COSTS, COSTS.cluster).kept_bytes <= host
+            stages = found.plan.stages
+            shares.add(tuple(sum(x.strategy.offload is not Offload.NONE for x in s.layers) for s in stages))
+    assert any(first != second for first, second in shares)
 
 
-def test_layers_that_may_offload_are_named_and_the_others_do_not():
-    memory = (needs(plan_with(LAYERS, True)) + needs(plan_with(0, False))) // 2
-    found = search(request(memory), COSTS).plan
-    assert sum(layer.strategy.offload is not Offload.NONE for layer in found.layers) > 2
-    some = search(request(1 << 40, offload_layers=frozenset({1, 5}), offload_ends=False), COSTS).plan
-    assert not offloads(some)
-    with pytest.raises(SearchError, match="nothing fits"):
-        search(request(memory, offload_layers=frozenset({1, 5}), offload_ends=False), COSTS)
-    largest = max(needs(plan_with(count, False)) for count in (2,))
-    some = search(request(largest, offload_layers=frozenset({1, 5}), offload_ends=False), COSTS).plan
-    chosen = {i for i, layer in enumerate(some.layers) if layer.strategy.offload is not Offload.NONE}
-    assert chosen == {1, 5}
-    with pytest.raises(SearchError, match="of some layers; valid: none among them"):
-        request(1, offloads=(Offload.OPTIMIZER,), offload_layers=frozenset({1}))
+def pipelined(cut: int, counts: tuple[int, int], ends: bool) -> Plan:
+    """Two stages with so many layers whose states are offloaded."""
+    device, host = (Strategy(dp=2, zero=1, offload=kind) for kind in (Offload.NONE, Offload.OPTIMIZER))
+    kind = MODEL.layers[0].kind
+    stages = []
+    for count, layers in zip(counts, (cut, LAYERS - cut), strict=True):
+        chosen = [host] * count + [device] * (layers - count)
+        stages.append(StagePlan(layers=tuple(LayerPlan(kind=kind, strategy=each) for each in chosen)))
+    base = host if ends else device
+    return Plan(pp=2, micro_batch_size=1, micro_batches=4, base=base, stages=tuple(stages))
+
+
+def test_host_memory_is_a_number_of_bytes():
+    with pytest.raises(SearchError, match="search host_bytes: -1; valid: an integer >= 0, or None"):
+        request(1, host_bytes=-1)
