@@ -27,6 +27,10 @@ from galvatron_megatron.runtime.support import check_given
 from galvatron_megatron.runtime.universal_files import UniversalCheckpoint
 from galvatron_megatron.runtime.zero import is_left_to_megatron
 
+SEAM = "setup_model_and_optimizer"
+"""The function of ``megatron.training.training`` that builds and loads, and behind which universal checkpoints
+are read."""
+
 
 class PlannedJob:
     """One job from its command line to its first iteration; made on every rank.
@@ -131,7 +135,9 @@ class PlannedJob:
             torch.cuda.reset_peak_memory_stats()
         from megatron.training import training
 
-        if universal is not None:
+        if universal is None:
+            end_in_one_line(training, SEAM)
+        else:
             # It has no checkpoint yet, which --exit-on-missing-checkpoint would end the job for.
             args.load = None
             go_on_from(Path(universal), training, args)
@@ -189,15 +195,34 @@ def go_on_from(universal: Path, training: ModuleType, args: Namespace) -> None:
         training: ``megatron.training.training``.
         args: Megatron's validated arguments.
     """
+    from galvatron_megatron.runtime.universal import reading_universal
+
+    setattr(training, SEAM, reading_universal(getattr(training, SEAM), universal, args))
+    end_in_one_line(training, SEAM)
+
+
+def end_in_one_line(training: ModuleType, name: str) -> None:
+    """Lets errors of a function of Megatron's that a user can act on end the job with one line.
+
+    What all ranks raise together is said by rank 0.
+
+    Args:
+        training: ``megatron.training.training``.
+        name: of the function.
+    """
     # That module imports this one, as late as it can.
-    from galvatron_megatron.integration.arguments import errors_of_rank_zero_only
-    from galvatron_megatron.runtime.universal import SEAM, reading_universal
+    from galvatron_megatron.integration.arguments import errors_of_rank_zero_only, one_line_errors
+    from galvatron_megatron.runtime.agreement import AgreedError
 
-    build = reading_universal(getattr(training, SEAM), universal, args)
+    original = getattr(training, name)
 
-    @wraps(build)
-    def built(*given: Any, **named: Any) -> tuple:
-        with errors_of_rank_zero_only():
-            return build(*given, **named)
+    @wraps(original)
+    def run(*given: Any, **named: Any) -> Any:
+        with one_line_errors():
+            try:
+                return original(*given, **named)
+            except AgreedError:
+                with errors_of_rank_zero_only():
+                    raise
 
-    setattr(training, SEAM, built)
+    setattr(training, name, run)

@@ -1,7 +1,7 @@
 """Attaches a plan to Megatron's training loop.
 
 Megatron has public seams for most of what a plan needs: ``ModuleSpec`` for the layers, process-group
-collections for their groups, subclasses of its DDP and its chained optimizer. Eight names have none, because
+collections for their groups, subclasses of its DDP and its chained optimizer. Nine names have none, because
 Megatron builds these objects from its own imports; they are replaced here and nowhere else, while a plan is
 attached (megatron-core 0.19; ``tests/runtime/test_attach.py`` notices when one of them moves):
 
@@ -11,7 +11,8 @@ attached (megatron-core 0.19; ``tests/runtime/test_attach.py`` notices when one 
 * ``load_checkpoint`` likewise: it puts the random states of one rank onto others;
 * ``_build_sharded_state_dict_metadata`` of ``megatron.training.checkpointing``: describes what is saved;
 * ``generate_state_dict`` there: it gathers what is saved, to which each rank's random streams are added;
-* ``_load_base_checkpoint`` there: it says what a checkpoint holds, and hands over what was loaded.
+* ``_load_base_checkpoint`` there: it says what a checkpoint holds, and hands over what was loaded;
+* ``TorchDistLoadShardedStrategy.load``: reads a rank's part, at which one rank alone may fail.
 """
 
 import copy
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer import transformer_block
@@ -35,6 +37,7 @@ from galvatron_megatron.errors import UnsupportedPlanError
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.serialization import plan_to_dict
 from galvatron_megatron.runtime.checkpoint import CONTENT, ReshardableOptimizer, describe_loaded
+from galvatron_megatron.runtime.checkpoint_checks import CheckedLoading
 from galvatron_megatron.runtime.context import RuntimeContext
 from galvatron_megatron.runtime.data_parallel import PlannedDataParallel
 from galvatron_megatron.runtime.layers import planned_spec
@@ -54,6 +57,7 @@ HOOKED: tuple[tuple[Any, str], ...] = (
     (checkpointing, "_build_sharded_state_dict_metadata"),
     (checkpointing, "generate_state_dict"),
     (checkpointing, "_load_base_checkpoint"),
+    (TorchDistLoadShardedStrategy, "load"),
 )
 """Every attribute of Megatron that is replaced while a plan is attached."""
 
@@ -75,14 +79,21 @@ class Attachment:
         self._context: RuntimeContext | None = None
         self._models: weakref.WeakSet[PlannedDataParallel] = weakref.WeakSet()
         self._originals = [(owner, name, getattr(owner, name)) for owner, name in HOOKED]
+        checked = CheckedLoading()
+        load = checked.hook_load(TorchDistLoadShardedStrategy.load)
         if is_left_to_megatron(plan, args):
-            replacements: tuple[Any, ...] = tuple(original for _, _, original in self._originals)
+            replacements: tuple[Any, ...] = (
+                *(original for _, _, original in self._originals[:-2]),
+                checked.hook_read(checkpointing._load_base_checkpoint),
+                load,
+            )
             if _can_reshard(args):
                 replacements = (
                     *replacements[:4],
                     _adopt_optimizer(training.get_megatron_optimizer),
                     *replacements[5:8],
-                    describe_loaded(checkpointing._load_base_checkpoint, runs_alike=True),
+                    checked.hook_read(describe_loaded(checkpointing._load_base_checkpoint, runs_alike=True)),
+                    load,
                 )
         else:
             streams = SavedStreams(plan, lambda: self.context.streams)
@@ -99,7 +110,10 @@ class Attachment:
                     checkpointing._build_sharded_state_dict_metadata, {**CONTENT, **streams.content}
                 ),
                 streams.hook_generate(checkpointing.generate_state_dict),
-                streams.hook_read(describe_loaded(checkpointing._load_base_checkpoint, runs_alike=False)),
+                streams.hook_read(
+                    checked.hook_read(describe_loaded(checkpointing._load_base_checkpoint, runs_alike=False))
+                ),
+                load,
             )
         for (owner, name), replacement in zip(HOOKED, replacements, strict=True):
             setattr(owner, name, replacement)

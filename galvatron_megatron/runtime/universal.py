@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
@@ -22,15 +21,13 @@ from megatron.core.dist_checkpointing.mapping import (
     apply_factory_merges,
 )
 from megatron.core.utils import unwrap_model
-from megatron.training.global_vars import get_tokenizer
 
 from galvatron_megatron.errors import PlanError
+from galvatron_megatron.runtime.agreement import AgreedError, agree
 from galvatron_megatron.runtime.checkpoint import CONTENT, ReshardableOptimizer, settings_of
 from galvatron_megatron.runtime.checkpoint_stretches import PREFIX
 from galvatron_megatron.runtime.universal_files import LossScale, UniversalCheckpoint
-
-SEAM = "setup_model_and_optimizer"
-"""The function of ``megatron.training.training`` behind which a universal checkpoint is read."""
+from galvatron_megatron.runtime.vocabulary import Vocabulary
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -48,34 +45,6 @@ class Progress:
     """State of its dynamic loss scaler, where it had one."""
 
 
-@dataclass(kw_only=True, frozen=True, slots=True)
-class Vocabulary:
-    """Tokens of this job, which tell padding of embeddings from another vocabulary."""
-
-    tokens: int
-    """Of the tokenizer."""
-    divisor: int
-    """``--make-vocab-size-divisible-by``: a job pads to a multiple of it times its tensor-parallel degree."""
-
-    def check(self, rows: int, name: str, tensor_parallel: int) -> None:
-        """Refuses embeddings of another vocabulary.
-
-        Args:
-            rows: of the embedding in the checkpoint, with or without padding.
-            name: of the parameter.
-            tensor_parallel: degree of the job that saved it.
-
-        Raises:
-            PlanError: tokens are missing, or there are more rows than padding explains.
-        """
-        most = -(-self.tokens // (self.divisor * tensor_parallel)) * self.divisor * tensor_parallel
-        if not self.tokens <= rows <= most:
-            raise PlanError(
-                f"universal checkpoint: {name} has {rows} rows, but the tokenizer {self.tokens} tokens; valid: "
-                f"{self.tokens} to {most} rows (the vocabulary and --make-vocab-size-divisible-by as they were)"
-            )
-
-
 def reading_universal(original: Callable[..., tuple], directory: str | Path, args: Any) -> Callable[..., tuple]:
     """Megatron's ``setup_model_and_optimizer``, which then goes on where a universal checkpoint stands.
 
@@ -91,7 +60,7 @@ def reading_universal(original: Callable[..., tuple], directory: str | Path, arg
     @wraps(original)
     def build(*given: Any, **named: Any) -> tuple:
         model, optimizer, scheduler = original(*given, **named)
-        vocabulary = Vocabulary(tokens=get_tokenizer().vocab_size, divisor=args.make_vocab_size_divisible_by)
+        vocabulary = Vocabulary.of_job(args.make_vocab_size_divisible_by)
         found = load_universal_checkpoint(directory, model, optimizer, vocabulary)
         args.iteration = found.iteration
         args.consumed_train_samples = found.samples or found.iteration * args.global_batch_size
@@ -176,20 +145,19 @@ def _together(read: Callable[[], _Read]) -> Progress:
 
     A file may be missing, or another one, on one node alone.
     """
-    mine: _Read | str
+    mine, problem = None, ""
     try:
         mine = read()
     except PlanError as error:
-        mine = str(error)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    if problem := next((found for found in everyone if isinstance(found, str)), ""):
-        raise PlanError(problem)
+        problem = str(error)
+    everyone = agree(problem, mine)
     first = everyone[0]
     if any((found.progress, found.trained) != (first.progress, first.trained) for found in everyone):
-        raise PlanError("universal checkpoint: ranks read different ones; valid: one folder that all nodes see")
+        raise AgreedError(
+            "universal checkpoint: ranks read different ones; valid: one folder that all nodes see"
+        )
     if left := sorted(first.trained.difference(*(found.used for found in everyone))):
-        raise PlanError(
+        raise AgreedError(
             f"universal checkpoint: it trains {left[0]} ({len(left)} such), which this model has not; valid: "
             "the model's arguments (layers, biases, norms, tied embeddings) as they were"
         )
@@ -244,7 +212,7 @@ def _reader(
             length = prod(shape[1:])
             found = found.reshape(-1, *shape[1:]) if found.numel() % length == 0 else found
         if entry.allow_shape_mismatch and found.shape[1:] == torch.Size(shape[1:]):
-            vocabulary.check(len(found), name, source.tensor_parallel)
+            vocabulary.check(len(found), f"universal checkpoint: {name}", source.tensor_parallel)
             found = _padded(found, shape[0])
         if tuple(found.shape) != tuple(shape):
             raise PlanError(

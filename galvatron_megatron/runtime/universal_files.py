@@ -193,8 +193,7 @@ class UniversalCheckpoint:
 
     def samples(self) -> int | None:
         """Samples that the job had trained on: its own count, or the engine's; None without both."""
-        arguments = self._header.get("args")
-        found = vars(arguments).get("consumed_train_samples") if isinstance(arguments, _Inert) else None
+        found = _fields(self._header.get("args")).get("consumed_train_samples")
         found = found or self._header.get("global_samples")
         return _count(found, self.folder.parent) if found else None
 
@@ -226,8 +225,7 @@ class UniversalCheckpoint:
         """
         path = self.folder / "optimizer_state.pt"
         kept = _load(path, inert=True) if path.is_file() else None
-        scaler = kept.get("loss_scaler") if isinstance(kept, dict) else None
-        fields = vars(scaler) if isinstance(scaler, _Inert) else {}
+        fields = _fields(kept.get("loss_scaler") if isinstance(kept, dict) else None)
         if "scale_window" not in fields:
             return None
         names = ("cur_iter", "last_overflow_iter", "scale_window", "cur_hysteresis")
@@ -279,6 +277,11 @@ def _load(path: Path, *, inert: bool = False) -> Any:
             f"universal checkpoint: {path} cannot be read as data ({_reason(error)}); valid: tensors and "
             "numbers"
         ) from error
+
+
+def _fields(found: Any) -> dict[str, Any]:
+    """Fields of an object that was read, inert or of a class that torch is told to trust; empty for others."""
+    return vars(found) if hasattr(found, "__dict__") else {}
 
 
 def _reason(error: Exception) -> str:

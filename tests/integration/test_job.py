@@ -2,14 +2,16 @@
 
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from galvatron_megatron.errors import GalvatronError, PlanError
 from galvatron_megatron.integration.channel import Channel
-from galvatron_megatron.integration.job import PlannedJob, universal_to_read
+from galvatron_megatron.integration.job import PlannedJob, end_in_one_line, universal_to_read
 from galvatron_megatron.integration.options import Options
+from galvatron_megatron.runtime.agreement import AgreedError
 
 
 def test_a_job_with_a_checkpoint_of_its_own_reads_no_other_again(tmp_path: Path, capsys) -> None:
@@ -59,3 +61,34 @@ def test_a_rank_that_megatron_refuses_waits_for_the_word_of_the_first(monkeypatc
     with pytest.raises(GalvatronError, match="not here"):
         job.validate()
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "said"),
+    [
+        (AgreedError("all of us"), "0", "galvatron: all of us\n"),
+        (AgreedError("all of us"), "1", ""),
+        (PlanError("I alone"), "1", "galvatron rank 1: I alone\n"),
+    ],
+)
+def test_errors_of_loading_end_the_job_with_one_line(error, rank, said, monkeypatch, capsys) -> None:
+    def load(place: str) -> None:
+        raise error
+
+    training = SimpleNamespace(load_checkpoint=load)
+    end_in_one_line(training, "load_checkpoint")
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as ended:
+        training.load_checkpoint("place")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == said
+
+
+def test_other_errors_of_loading_keep_their_traceback() -> None:
+    def load(place: str) -> None:
+        raise KeyError(place)
+
+    training = SimpleNamespace(load_checkpoint=load)
+    end_in_one_line(training, "load_checkpoint")
+    with pytest.raises(KeyError):
+        training.load_checkpoint("place")
