@@ -41,6 +41,7 @@ from runtime_memory import measure_at_norm, predicted
 from runtime_mutations import MUTATIONS
 from runtime_overlap import watch_resharding
 from runtime_saves import measure_saves
+from runtime_sharding import kept_states, planned_states
 
 from galvatron_megatron.integration import cpu_device
 from galvatron_megatron.integration.job import go_on_from
@@ -369,6 +370,7 @@ def run_case(case: dict) -> dict:
     world_size = dist.get_world_size()
     plan = plan_of(case, world_size)
     seen = {"losses": [], "norms": [], "zeros": [], "skipped": [], "evaluated": [], "weights_after": {}}
+    seen["loss_scales"] = []
     # Without asynchronous saving only this process uses the queue; Megatron would start a process to serve it.
     filesystem_async._results_queue = queue.Queue()
     sys.argv = ["job", *arguments(case, plan)]
@@ -385,7 +387,7 @@ def run_case(case: dict) -> dict:
     real_step, real_setup = training.train_step, training.setup_model_and_optimizer
     real_evaluate = training.evaluate
     real_iterators = training.build_train_valid_test_data_iterators
-    models, undone, communicators = [], [], []
+    models, optimizers, undone, communicators = [], [], [], []
     undone.append(record_communicators(communicators))
     if case.get("mutation"):
         undone.append(MUTATIONS[case["mutation"]]())
@@ -400,6 +402,7 @@ def run_case(case: dict) -> dict:
         if args.iteration == 0 and not case.get("keep_weights"):
             set_weights(model, optimizer)
         models.extend(model)
+        optimizers.append(optimizer)
         if case.get("measure"):
             seen["live"] = measure_at_norm(model, optimizer)
         if args.save:
@@ -411,6 +414,7 @@ def run_case(case: dict) -> dict:
         if result[0]:
             seen["losses"].append(float(result[0]["lm loss"]))
         seen["skipped"].append(int(result[1]))
+        seen["loss_scales"].append(float(optimizers[0].get_loss_scale()))
         seen["norms"].append(None if result[5] is None else float(result[5]))
         seen["zeros"].append(None if result[6] is None else float(result[6]))
         if len(seen["skipped"]) in case.get("weights_after", ()):
@@ -444,6 +448,8 @@ def run_case(case: dict) -> dict:
         seen["planned"] = not is_left_to_megatron(plan, args)
         if seen["planned"]:
             seen["created"] = sum(ours for _, ours in communicators)
+            seen["states"] = kept_states(models)
+            seen["planned_states"] = planned_states(plan, attachment.context.zero_backend)
             seen["received_bytes"] = attachment.context.traffic.received_bytes
         seen["weights"] = gather_weights(models)
         seen["copies_differ"] = copies_differ(models)
@@ -454,6 +460,9 @@ def run_case(case: dict) -> dict:
         again = [None] * world_size
         dist.all_gather_object(again, created_again(communicators, world_size))
         seen["created_again"] = sorted({ranks for found in again for ranks in found})
+        kept = [None] * world_size
+        dist.all_gather_object(kept, seen.get("states", set()))
+        seen["states"] = set().union(*kept)
     finally:
         training.train_step, training.setup_model_and_optimizer = real_step, real_setup
         training.evaluate = real_evaluate

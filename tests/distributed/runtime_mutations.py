@@ -4,13 +4,16 @@ Every function makes one mistake and returns what undoes it.
 """
 
 import torch
+from megatron.core import parallel_state
+from megatron.training import get_args, training
 
 from galvatron_megatron.runtime import data_parallel, layers
 from galvatron_megatron.runtime.data_parallel import PlannedDataParallel
 from galvatron_megatron.runtime.groups import GroupRegistry
 from galvatron_megatron.runtime.optimizer import PlannedOptimizer
 from galvatron_megatron.runtime.resharding import Resharder
-from galvatron_megatron.runtime.zero import ZeroPart
+from galvatron_megatron.runtime.zero import ZeroPart, import_engines
+from galvatron_megatron.runtime.zero_optimizer import ZeroOptimizer
 
 
 def _replace(owner, name, value):
@@ -73,7 +76,19 @@ def replicas_counted():
 
 def zero_scale():
     """ZeRO's gradients not normalised by the batch."""
-    return _replace(ZeroPart, "scale_gradients", lambda self, factor: None)
+    init = ZeroPart.__init__
+    return _replace(ZeroPart, "__init__", lambda self, *arguments: init(self, *arguments[:-1], 1.0))
+
+
+def zero_scaled_twice():
+    """ZeRO's gradients normalised in front of their sums, and once more behind them."""
+    finish = ZeroPart.finish_grad_sync
+
+    def mistaken(self, **options):
+        finish(self, **options)
+        self.scale_gradients(self.scale)
+
+    return _replace(ZeroPart, "finish_grad_sync", mistaken)
 
 
 def zero_wrong_group():
@@ -82,7 +97,7 @@ def zero_wrong_group():
 
     def mistaken(self, *arguments):
         init(self, *arguments)
-        self.dp_cp_group, _ = torch.distributed.new_subgroups(1)
+        self.dp_cp_group = parallel_state.get_context_parallel_group()  # of one rank
 
     return _replace(ZeroPart, "__init__", mistaken)
 
@@ -101,6 +116,89 @@ def zero_last_micro_batch():
         begin(self)
 
     return _replace(ZeroPart, "begin_backward", mistaken)
+
+
+def zero_untied():
+    """Gradients of embeddings that two stages share left as each of them computed them."""
+    add = ZeroPart._sum
+
+    def mistaken(self, group, parameters):
+        if group is not self.groups.embd:
+            add(self, group, parameters)
+
+    return _replace(ZeroPart, "_sum", mistaken)
+
+
+def zero_stale():
+    """What ZeRO 3 keeps whole stays as it was in front of the step."""
+    import_engines()
+    from galvatron_megatron.runtime.zero_engines import ShardedParametersEngine
+
+    apply = ShardedParametersEngine.apply
+
+    def mistaken(self):
+        before = {parameter: parameter.data.clone() for parameter in self.whole}
+        apply(self)
+        for parameter, data in before.items():
+            if parameter.data.shape == data.shape:
+                parameter.data.copy_(data)
+
+    return _replace(ShardedParametersEngine, "apply", mistaken)
+
+
+def zero_duplicates_counted():
+    """In the norm every tp rank's copy of a gradient that all of them have counts."""
+    shard = ZeroOptimizer._shard
+
+    def mistaken(self, piece):
+        found = shard(self, piece)
+        found.tensor_model_parallel = True
+        return found
+
+    return _replace(ZeroOptimizer, "_shard", mistaken)
+
+
+def zero_lowered():
+    """ZeRO 2 is run as ZeRO 1."""
+    engines = import_engines()
+    init = engines.ShardedStatesEngine.__init__
+
+    def mistaken(self, optimizer, names, stage, options):
+        init(self, optimizer, names, 1, options)
+
+    return _replace(engines.ShardedStatesEngine, "__init__", mistaken)
+
+
+def one_rank_overflows():
+    """No mistake: in the last step the gradient of one rank alone is infinite."""
+    prepare = PlannedOptimizer.prepare_grads
+    calls = 0
+
+    def poisoned(self):
+        nonlocal calls
+        calls += 1
+        if calls == get_args().train_iters and torch.distributed.get_rank() == 1:
+            parts = [part for chunk in self.model_chunks for part in chunk.parts.values()]
+            engine = next(part.engines[0] for part in parts if isinstance(part, ZeroPart) and part.engines)
+            engine.gradient(0)[0] = torch.inf
+        return prepare(self)
+
+    return _replace(PlannedOptimizer, "prepare_grads", poisoned)
+
+
+def last_stage_overflows():
+    """No mistake: in the sixth step one gradient is infinite, of the last rank alone; under ZeRO, of an engine."""
+    finalize = training.finalize_model_grads
+
+    def poisoned(model, *arguments, **options):
+        finalize(model, *arguments, **options)
+        if get_args().curr_iteration == 5 and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            parts = [part for chunk in model for part in getattr(chunk, "parts", {}).values()]
+            engines = [engine for part in parts if isinstance(part, ZeroPart) for engine in part.engines]
+            gradient = engines[0].gradient(0) if engines else next(model[-1].parameters()).main_grad.view(-1)
+            gradient[0] = torch.inf
+
+    return _replace(training, "finalize_model_grads", poisoned)
 
 
 def late_gathers():
@@ -130,8 +228,15 @@ MUTATIONS = {
         unscaled_balance,
         late_gathers,
         zero_scale,
+        zero_scaled_twice,
         zero_wrong_group,
         zero_skipped_sum,
         zero_last_micro_batch,
+        zero_untied,
+        zero_stale,
+        zero_duplicates_counted,
+        zero_lowered,
+        one_rank_overflows,
+        last_stage_overflows,
     )
 }
