@@ -123,6 +123,7 @@ def _with_engine(few: FewLayers, shares: dict[str, float], zero: int) -> Passes:
         gradient_dtype=torch.float32,
         communication_dtype=torch.float32,
         bucket_elements=sum(parameter.numel() for parameter in names),
+        scale=1.0 / parallel_state.get_data_parallel_world_size(),
     )
     optimizer = torch.optim.AdamW(list(names), lr=0.0)
     borrowers = []

@@ -88,8 +88,8 @@ def import_engines() -> ModuleType:
 class ZeroPart:
     """The parameters of one class in one model chunk: what Megatron's DDP does, done by DeepSpeed's engines.
 
-    The engines come with the optimizer; until then this holds the parameters. Gradients are summed over the
-    class's ranks and scaled as those of all other classes are.
+    The engines come with the optimizer; until then this holds the parameters. Gradients are scaled as those of
+    all other classes are and then summed over the class's ranks.
     """
 
     use_forward_hook = False
@@ -111,7 +111,7 @@ class ZeroPart:
             parameters: those of the class.
             groups: Megatron's process groups with those of the class.
             ddp_config: Megatron's DDP config for the class.
-            scale: what summed gradients are multiplied by.
+            scale: what the engines multiply gradients by in front of every sum.
         """
         self.module = module
         self.parameters = parameters
@@ -175,7 +175,6 @@ class ZeroPart:
             raise UnsupportedPlanError("whole gradients on every rank: ZeRO keeps parts; valid: zero 0 or 1")
         for engine in self.engines:
             engine.finish_accumulation()
-        self.scale_gradients(self.scale)
         for group, parameters in self._summed:
             self._sum(group, parameters)
         tied = {id(parameter) for parameter in self.tied}

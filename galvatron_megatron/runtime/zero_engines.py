@@ -62,6 +62,9 @@ class EngineOptions:
     """In which they are reduced."""
     bucket_elements: int
     """Elements that are reduced, or gathered, at once."""
+    scale: float = 1.0
+    """What gradients are multiplied by in front of every reduction: in 16 bits a sum over many replicas, scaled
+    afterwards, would overflow."""
     overlaps: bool = False
     """ZeRO 2 and 3 reduce on a stream of their own beside the backward pass, where the device has streams."""
     offload: Offload = Offload.NONE
@@ -152,6 +155,7 @@ class ShardedStatesEngine(_Common, DeepSpeedZeroOptimizer):
             overlap_comm=options.overlaps and stage == 2,
             allgather_bucket_size=options.bucket_elements // _EVEN_BUCKET * _EVEN_BUCKET or _EVEN_BUCKET,
         )
+        self._scale = options.scale
         self.offloads = options.offload is not Offload.NONE
         rank = dist.get_rank(options.group)
         if self.offloads:
@@ -174,6 +178,15 @@ class ShardedStatesEngine(_Common, DeepSpeedZeroOptimizer):
                 length = min(parameter.numel() - start, int(self.partition_size[index]) - offset)
                 if length > 0:
                     yield Piece(parameter=parameter, start=start, length=length, partition=index, offset=offset)
+
+    def allreduce_bucket(self, bucket: list[torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Scales gradients, each of which comes here once, and reduces them; on the stream that reduces.
+
+        DeepSpeed would divide them by its own number of ranks, which is not that of the base layout.
+        """
+        if self._scale != 1.0:
+            torch._foreach_mul_(bucket, self._scale)
+        return super().allreduce_bucket(bucket, *args, **kwargs)
 
     def _use_compact_grad_partition_buffer(self, group_idx: int) -> bool:
         """Always: otherwise fp32 gradients of all parameters that touch the partition are kept whole."""
@@ -250,6 +263,7 @@ class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
         """
         for parameter in names:
             parameter.ds_zero_partition_process_group = options.group
+        self._divisor = 1.0 / options.scale
         held = {id(part) for module in modules for part in module.modules()}
         outside = [module for module, _ in borrowers if id(module) not in held]
         with _without_world_barriers():
@@ -349,9 +363,9 @@ class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
             on_host[number] = self.grad_partitions_flat_buffer.narrow(0, offset, part.numel())
             offset += part.numel()
 
-    def _gradient_averaging_world_size(self, params: list[Any], partition_world_size: int) -> int:
-        """One: gradients are summed; the loss is normalised by the whole batch."""
-        return 1
+    def _gradient_averaging_world_size(self, params: list[Any], partition_world_size: int) -> float:
+        """What DeepSpeed, which reduces means of a group, then makes of them: sums divided by this."""
+        return self._divisor
 
     def _overflow_check_and_loss_scale_update(self, update_scale: bool = True) -> bool:
         """Overflow is judged over all engines before any of them steps."""

@@ -213,6 +213,7 @@ def _engine(
         gradient_dtype=torch.float32,
         communication_dtype=torch.float32 if in_fp32 else dtype,
         bucket_elements=_bucket_elements(part, parameters),
+        scale=part.scale,
         overlaps=part.ddp_config.overlap_grad_reduce,
         offload=state_class.offload,
         pinned=not on_cpu_ranks,

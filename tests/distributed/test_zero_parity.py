@@ -49,6 +49,7 @@ NAMED = {made["name"]: made for made in (*PLANS, *HALF, MISTAKEN)}
     ("mistake", "name"),
     [
         ("zero_scale", "mistaken"),
+        ("zero_scaled_twice", "uniform-2"),
         ("zero_wrong_group", "mistaken"),
         ("zero_skipped_sum", "mistaken"),
         ("zero_last_micro_batch", "mistaken"),
