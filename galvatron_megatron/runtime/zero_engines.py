@@ -179,14 +179,19 @@ class ShardedStatesEngine(_Common, DeepSpeedZeroOptimizer):
                 if length > 0:
                     yield Piece(parameter=parameter, start=start, length=length, partition=index, offset=offset)
 
-    def allreduce_bucket(self, bucket: list[torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def allreduce_bucket(
+        self, bucket: list[torch.Tensor], communication_data_type: torch.dtype, **kwargs: Any
+    ) -> torch.Tensor:
         """Scales gradients, each of which comes here once, and reduces them; on the stream that reduces.
 
-        DeepSpeed would divide them by its own number of ranks, which is not that of the base layout.
+        DeepSpeed would divide them by its own number of ranks, which is not that of the base layout. They are
+        scaled in the wider of the types in which they were collected and are reduced.
         """
+        flat = self.flatten(bucket)
         if self._scale != 1.0:
-            torch._foreach_mul_(bucket, self._scale)
-        return super().allreduce_bucket(bucket, *args, **kwargs)
+            wider = torch.promote_types(flat.dtype, communication_data_type)
+            flat = flat.to(wider).mul_(self._scale)
+        return super().allreduce_bucket([flat], communication_data_type, **kwargs)
 
     def _use_compact_grad_partition_buffer(self, group_idx: int) -> bool:
         """Always: otherwise fp32 gradients of all parameters that touch the partition are kept whole."""

@@ -187,12 +187,13 @@ def one_rank_overflows():
 
 
 def last_stage_overflows():
-    """No mistake: in the sixth step one gradient is infinite, of the last rank alone; under ZeRO, of an engine."""
+    """No mistake: in the sixth step a gradient of the last rank is infinite; an engine's, if it has one."""
     finalize = training.finalize_model_grads
 
     def poisoned(model, *arguments, **options):
         finalize(model, *arguments, **options)
-        if get_args().curr_iteration == 5 and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        is_last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        if is_last and get_args().curr_iteration == 5:
             parts = [part for chunk in model for part in getattr(chunk, "parts", {}).values()]
             engines = [engine for part in parts if isinstance(part, ZeroPart) for engine in part.engines]
             gradient = engines[0].gradient(0) if engines else next(model[-1].parameters()).main_grad.view(-1)

@@ -1,4 +1,4 @@
-"""ZeRO scales gradients while they are local: sums over replicas in 16 bits then overflow no sooner than means."""
+"""ZeRO scales gradients while they are local: sums of replicas in 16 bits overflow no sooner than they must."""
 
 import math
 from itertools import product
@@ -7,13 +7,16 @@ import pytest
 
 pytestmark = pytest.mark.distributed
 
-LOCAL = (30_400.0, 29_600.0, 28_000.0, 27_200.0)
+LARGE = (30_400.0, 29_600.0, 28_000.0, 27_200.0)
 """A gradient on each of four ranks: their sum is beyond fp16, half of it and their mean are not."""
+LEAST = (2.0**-24,) * 4
+"""The least gradients that fp16 has: a part of one is none."""
 CASES = [
-    *product((1, 2, 3), ("float16",), (0.25, 0.5, 1.0), (1, 2)),
-    *product((1, 2, 3), ("bfloat16", "float32"), (0.25,), (2,)),
+    *product((1, 2, 3), ("float16",), ("float16",), (LARGE,), (0.25, 0.5, 1.0), (1, 2)),
+    *product((1, 2, 3), ("float16", "bfloat16", "float32"), ("float32",), (LARGE, LEAST), (0.25,), (1,)),
 ]
-"""ZeRO stage, in which precision gradients are computed and reduced, scale, micro-batches."""
+"""ZeRO stage, in which precision gradients are computed, in which they are reduced, what they are, scale,
+micro-batches."""
 
 
 def reduced_gradients(rank, world_size, cases):
@@ -25,13 +28,13 @@ def reduced_gradients(rank, world_size, cases):
 
     engines = import_engines()
     answers = []
-    for zero, precision, scale, micro_batches in cases:
+    for zero, precision, communication, local, scale, micro_batches in cases:
         dtype = getattr(torch, precision)
         module = torch.nn.Linear(48, 4, bias=False, dtype=dtype)
         options = engines.EngineOptions(
             group=dist.group.WORLD,
             gradient_dtype=torch.float32,
-            communication_dtype=dtype,
+            communication_dtype=getattr(torch, communication),
             bucket_elements=module.weight.numel(),
             scale=scale,
         )
@@ -42,7 +45,7 @@ def reduced_gradients(rank, world_size, cases):
             else engines.ShardedParametersEngine(optimizer, names, [module], [], options)
         )
         engine.forget_gradients()
-        sample = torch.full((1, 48), LOCAL[rank] / micro_batches, dtype=dtype, requires_grad=True)
+        sample = torch.full((1, 48), local[rank] / micro_batches, dtype=dtype, requires_grad=True)
         for _ in range(micro_batches):
             output = module(sample)
             engine.begin_backward()
@@ -55,14 +58,13 @@ def reduced_gradients(rank, world_size, cases):
     return answers
 
 
-def test_sums_of_scaled_gradients_overflow_no_sooner_than_they_must(ranks):
+def test_gradients_are_scaled_once_and_before_they_are_summed(ranks):
     for answers in ranks(4).run(reduced_gradients, CASES):
-        for (zero, precision, scale, micro_batches), (least, largest) in zip(CASES, answers, strict=True):
-            where = f"zero {zero}, {precision}, scale {scale}, {micro_batches} micro-batches"
-            expected = scale * sum(LOCAL)
-            if precision == "float16" and expected > 65504 and (zero == 1 or micro_batches == 1):
-                # What scaling behind the sum would meet at every scale.
-                assert math.isinf(largest), where
+        for case, (least, largest) in zip(CASES, answers, strict=True):
+            zero, precision, communication, local, scale, micro_batches = case
+            expected = scale * sum(local)
+            if communication == "float16" and expected > 65504 and (zero == 1 or micro_batches == 1):
+                assert math.isinf(largest), case  # as every scale would be, behind the sum
             else:
                 rounding = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 0.0}[precision]
-                assert least >= expected * (1 - rounding) and largest <= expected * (1 + rounding), where
+                assert least >= expected * (1 - rounding) and largest <= expected * (1 + rounding), case
