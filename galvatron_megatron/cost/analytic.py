@@ -30,7 +30,10 @@ from galvatron_megatron.cost.sharded_states import (
     AtUse,
     layer_at_use,
     micro_batch_seconds,
+    partial_sum,
+    sent_collectives,
     sent_seconds,
+    tied_sum,
     transient_bytes,
 )
 from galvatron_megatron.cost.sharding import gathered_modules, whole_parameters
@@ -242,7 +245,8 @@ class AnalyticCostModel:
         whole = self.whole_parameters(layer, counts.parameters, strategy)
         modules = self._gathered(counts, strategy, norms=not whole)
         at_use = layer_at_use(strategy, len(self.model.layers), pp, modules)
-        return self._price(counts, strategy, modules, at_use, whole=whole)
+        partial = _partial_gradients(counts, strategy)
+        return self._price(counts, strategy, modules, at_use, whole=whole, partial_gradients=partial)
 
     def _price_embedding(self, setting: Setting) -> PricedLayer:
         counts = self._counts.embedding(setting.base, setting.micro_batch_size)
@@ -271,6 +275,7 @@ class AnalyticCostModel:
             shared_weight=counts.parameters_sharded if tied and setting.pp == 1 else 0,
             copied_weight=counts.parameters_sharded if tied and setting.pp > 1 else 0,
             copy_stride=setting.base.ranks * (setting.pp - 1),
+            partial_gradients=_partial_gradients(counts, setting.base),
         )
 
     def _price(
@@ -285,6 +290,7 @@ class AnalyticCostModel:
         copied_weight: int = 0,
         copy_stride: int = 1,
         whole: int = 0,
+        partial_gradients: int = 0,
     ) -> PricedLayer:
         """Prices counts.
 
@@ -298,6 +304,7 @@ class AnalyticCostModel:
             copied_weight: parameters kept equal with the first stage's by one more all-reduce.
             copy_stride: distance between the first and the last stage's ranks.
             whole: parameters that ZeRO 3 keeps whole.
+            partial_gradients: parameters whose gradients tp ranks compute in part.
         """
         cluster, constants = self.cluster, self.cluster.constants
         parameters = counts.parameters - shared_weight
@@ -305,16 +312,12 @@ class AnalyticCostModel:
         shares = parameter_shares(parameters, counts.parameters_expert, strategy, instances)
         element = self._element
         traffic = host_traffic(shares, strategy, element)
-        sent = sent_seconds(
-            shares,
-            strategy,
-            element,
-            self.options,
-            self._collective_seconds,
-            modules=modules,
-            borrowed=shared_weight,
-            whole=whole,
+        sharding = sent_collectives(
+            shares, strategy, element, self.options, modules=modules, borrowed=shared_weight, whole=whole
         )
+        partial = partial_sum(partial_gradients, shares[0], strategy, element, self.options)
+        tied = tied_sum(copied_weight, copy_stride, shares[0], strategy, element, self.options)
+        sent = sent_seconds(sharding, self._collective_seconds)
 
         factor = self._factors.get(counts.work, 1.0) if self._factors else 1.0
         phases, terms = {}, []
@@ -351,15 +354,12 @@ class AnalyticCostModel:
         for name in phases:
             terms.append(Term(name=f"{name} offloading", value=fetched, source=link_source(cluster)))
             phases[name] += fetched
-        sync = step_terms(counts, shares, strategy, sent, phases, element, self.options, cluster)
-        if copied_weight:
-            size = copied_weight * element.gradient
-            sync.append(
-                Term(
-                    name="tied embedding gradient",
-                    value=collective_seconds("all_reduce", size, 2, copy_stride, cluster),
-                )
-            )
+        summed = sum(entry.seconds(self._collective_seconds) for entry in partial)
+        sync = step_terms(shares, strategy, sent, phases, element, self.options, cluster, summed)
+        sync += [
+            Term(name="tied embedding gradient", value=entry.seconds(self._collective_seconds))
+            for entry in tied
+        ]
         state = held_bytes(shares, strategy, element, self.options, whole=whole)
         state_terms = (
             Term(name="weights", value=state.weights),
@@ -392,6 +392,7 @@ class AnalyticCostModel:
             state_terms=state_terms,
             activation_terms=kept,
             slack_bytes=slack,
+            collectives=(*sharding, *partial, *tied),
         )
 
     def _phase_work(self, counts: LayerCounts, strategy: Strategy, phases: tuple[str, ...]) -> PhaseWork:
@@ -418,3 +419,9 @@ class AnalyticCostModel:
             rate = link.bandwidth(transfer.group_ranks)
             seconds += transfer.fraction * total / rate + (link.base_us + link.latency_us) * MICROSECOND
         return seconds
+
+
+def _partial_gradients(counts: LayerCounts, strategy: Strategy) -> int:
+    """Parameters that every tp rank has whole but applies to its own slice of the sequence."""
+    split = strategy.sequence_parallel is SequenceParallel.MEGATRON
+    return counts.parameters_replicated if split else 0

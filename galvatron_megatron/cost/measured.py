@@ -286,9 +286,7 @@ class MeasuredCostModel:
         others = (beside.parameters * layers, beside.tensors * layers)
         sent, sync = self._states.added(parameters, tensors, others, base, own)
         if copied:
-            size = copied * self._element.gradient
-            stride = base.ranks * (pp - 1)
-            seconds = self._curves.seconds("all_reduce", size, 2, stride)
+            seconds = self._states.tied_seconds(copied, base.ranks * (pp - 1), base)
             sync.append(Term(name="tied embedding gradient", value=seconds, source="measured"))
         at_use = EMBEDDING_AT_USE if part == EMBEDDING else HEAD_AT_USE
         return self._priced(
@@ -381,8 +379,8 @@ class MeasuredCostModel:
             found.backward_seconds * count,
         )
         if strategy.sequence_parallel is SequenceParallel.MEGATRON:
-            size = self._replicated(found.parameters, strategy.tp) * count * self._element.gradient
-            seconds = self._curves.seconds("all_reduce", size, strategy.tp, 1)
+            replicated = self._replicated(found.parameters, strategy.tp) * count
+            seconds = self._states.partial_seconds(replicated, strategy)
             terms.append(Term(name="replicated gradients over tp", value=seconds, source="measured"))
         return terms
 

@@ -12,7 +12,10 @@ from galvatron_megatron.cost.sharded_states import (
     Sent,
     is_sent_every_micro_batch,
     micro_batch_seconds,
+    partial_sum,
+    sent_collectives,
     sent_seconds,
+    tied_sum,
     transient_bytes,
 )
 from galvatron_megatron.cost.sharding import BACKWARD, FORWARD, REDUCTION, UPDATE
@@ -71,17 +74,29 @@ class StatePrices:
     def sent(
         self, parameters: int, strategy: Strategy, *, modules: int = 1, borrowed: int = 0, whole: int = 0
     ) -> dict[tuple[str, str], float]:
-        """Seconds of the collectives for some parameters of one rank, see ``sent_seconds``."""
-        return sent_seconds(
+        """Seconds of the collectives for some parameters of one rank, see ``sent_collectives``."""
+        sent = sent_collectives(
             self._shares(parameters, strategy),
             strategy,
             self._element,
             self._options,
-            self._curves.seconds,
             modules=modules,
             borrowed=borrowed,
             whole=whole,
         )
+        return sent_seconds(sent, self._curves.seconds)
+
+    def partial_seconds(self, parameters: int, strategy: Strategy) -> float:
+        """Seconds in which gradients that tp ranks compute in part are summed, see ``partial_sum``."""
+        share = self._shares(parameters, strategy)[0]
+        sums = partial_sum(parameters, share, strategy, self._element, self._options)
+        return sum(entry.seconds(self._curves.seconds) for entry in sums)
+
+    def tied_seconds(self, parameters: int, stride: int, base: Strategy) -> float:
+        """Seconds in which gradients of an embedding on two stages are summed, see ``tied_sum``."""
+        share = self._shares(parameters, base)[0]
+        sums = tied_sum(parameters, stride, share, base, self._element, self._options)
+        return sum(entry.seconds(self._curves.seconds) for entry in sums)
 
     def once_per_step(self, parameters: int, tensors: int, strategy: Strategy, sent: Sent) -> list[Term]:
         """Gradient reduction, optimizer and parameter gathering of some parameters of one rank, in this order.

@@ -1,15 +1,15 @@
 """Seconds and bytes that sharding a layer's states takes, whoever says how long a collective takes."""
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from galvatron_megatron.cost.memory import ElementBytes, Share
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.overlap import exposed_seconds
-from galvatron_megatron.cost.sharding import BACKWARD, FORWARD, sharding_collectives
+from galvatron_megatron.cost.sharding import BACKWARD, FORWARD, REDUCTION, sharding_collectives
 from galvatron_megatron.plan.strategy import Offload, Recompute, Strategy
-from galvatron_megatron.plan.zero_rules import bucket_elements, reduction_buffers
+from galvatron_megatron.plan.zero_rules import bucket_elements, is_deepspeed, reduction_buffers
 
 GATHER, REDUCE = "gather", "reduce"
 """What a collective is for."""
@@ -64,18 +64,44 @@ class CollectiveTime(Protocol):
         ...
 
 
-def sent_seconds(
+@dataclass(kw_only=True, frozen=True, slots=True)
+class SentCollective:
+    """A collective that keeps some parameters' states equal, or sharded, among the ranks that share them."""
+
+    kind: str
+    """As a ``CollectiveTime`` knows it."""
+    when: str
+    role: str
+    """``GATHER`` or ``REDUCE``."""
+    count: float
+    """How often, each time."""
+    bytes: float
+    """Of one of them, counted in full (gathered output, input of a reduction)."""
+    ranks: int
+    stride: int
+    """Distance between neighbours of these ranks."""
+
+    def seconds(self, price: CollectiveTime) -> float:
+        """Of all of them, each time."""
+        return self.count * price(self.kind, self.bytes, self.ranks, self.stride)
+
+    @property
+    def is_sent(self) -> bool:
+        """False for a message among one rank, or of nothing."""
+        return self.ranks > 1 and self.bytes > 0
+
+
+def sent_collectives(
     shares: Iterable[Share],
     strategy: Strategy,
     element: ElementBytes,
     options: RunOptions,
-    seconds: CollectiveTime,
     *,
     modules: int = 1,
     borrowed: int = 0,
     whole: int = 0,
-) -> dict[tuple[str, str], float]:
-    """Seconds of the collectives that shard some parameters' states; see ``sharding_collectives``.
+) -> tuple[SentCollective, ...]:
+    """The collectives that shard some parameters' states; see ``sharding_collectives``.
 
     With several instances of Megatron's distributed optimizer, each scatters gradients among its own ranks,
     then shards are summed over the instances.
@@ -85,13 +111,12 @@ def sent_seconds(
         strategy: how the layer runs.
         element: bytes of one parameter by purpose.
         options: switches of the job.
-        seconds: of one collective.
         modules: that compute with parameters, the one that borrows counted.
         borrowed: parameters that one module takes from another part of the model: stage 3 gathers them again.
         whole: parameters, of the first share, that stage 3 keeps whole; ``modules`` does not count theirs.
     """
     own = max(1, modules - bool(borrowed))
-    sent: dict[tuple[str, str], float] = {}
+    sent = []
     for number, share in enumerate(shares):
         collectives = sharding_collectives(
             share.parameters,
@@ -106,15 +131,91 @@ def sent_seconds(
             again = sharding_collectives(borrowed, 3, element, recompute=strategy.recompute)
             collectives += tuple(entry for entry in again if entry.kind == "all_gather")
         for entry in collectives:
-            each = entry.bytes / entry.count
-            spent = entry.count * seconds(entry.kind, each, share.sharding, share.stride)
+            found = SentCollective(
+                kind=entry.kind,
+                when=entry.when,
+                role=GATHER if entry.kind == "all_gather" else REDUCE,
+                count=entry.count,
+                bytes=entry.bytes / entry.count,
+                ranks=share.sharding,
+                stride=share.stride,
+            )
+            sent.append(found)
             if entry.kind == "reduce_scatter":
-                between = share.replicas // share.sharding
-                stride = share.stride * share.sharding
-                spent += seconds("all_reduce", each / share.sharding, between, stride)
-            role = GATHER if entry.kind == "all_gather" else REDUCE
-            sent[entry.when, role] = sent.get((entry.when, role), 0.0) + spent
-    return sent
+                between = replace(
+                    found,
+                    kind="all_reduce",
+                    count=1,
+                    bytes=found.bytes / share.sharding,
+                    ranks=share.replicas // share.sharding,
+                    stride=share.stride * share.sharding,
+                )
+                sent.append(between)
+    return tuple(entry for entry in sent if entry.is_sent)
+
+
+def partial_sum(
+    parameters: int, share: Share, strategy: Strategy, element: ElementBytes, options: RunOptions
+) -> tuple[SentCollective, ...]:
+    """The sum, over a tp group, of gradients that each of its ranks computes in part: once per step.
+
+    Args:
+        parameters: of the rank that have such gradients.
+        share: they are of.
+        strategy: how the layer runs.
+        element: bytes of one parameter by purpose.
+        options: switches of the job.
+    """
+    return _summed(parameters, strategy.tp, 1, share, strategy, element, options)
+
+
+def tied_sum(
+    parameters: int, stride: int, share: Share, strategy: Strategy, element: ElementBytes, options: RunOptions
+) -> tuple[SentCollective, ...]:
+    """The sum of the gradients of an embedding that the first and the last stage have: once per step.
+
+    Args:
+        parameters: of the embedding on a rank.
+        stride: distance between ranks of the two stages.
+        share: they are of.
+        strategy: of embedding and head.
+        element: bytes of one parameter by purpose.
+        options: switches of the job.
+    """
+    return _summed(parameters, 2, stride, share, strategy, element, options)
+
+
+def _summed(
+    parameters: int,
+    ranks: int,
+    stride: int,
+    share: Share,
+    strategy: Strategy,
+    element: ElementBytes,
+    options: RunOptions,
+) -> tuple[SentCollective, ...]:
+    """Megatron sums whole gradients, whatever it shards; the engines of ZeRO the parts that each rank keeps."""
+    size = parameters * element.gradient
+    if is_deepspeed(strategy.zero, strategy.offload, options.deepspeed_zero_1):
+        size = parameters / share.sharding * element.under_deepspeed.gradient
+    found = SentCollective(
+        kind="all_reduce", when=REDUCTION, role=REDUCE, count=1, bytes=size, ranks=ranks, stride=stride
+    )
+    return (found,) if found.is_sent else ()
+
+
+def sent_seconds(sent: Iterable[SentCollective], price: CollectiveTime) -> dict[tuple[str, str], float]:
+    """Seconds of collectives by when they are sent and what they are for.
+
+    Args:
+        sent: the collectives.
+        price: of one collective.
+    """
+    found: dict[tuple[str, str], float] = {}
+    for entry in sent:
+        key = (entry.when, entry.role)
+        found[key] = found.get(key, 0.0) + entry.seconds(price)
+    return found
 
 
 def micro_batch_seconds(

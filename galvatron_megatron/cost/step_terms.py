@@ -2,8 +2,6 @@
 
 from collections.abc import Collection
 
-from galvatron_megatron.cost.communication import collective_seconds
-from galvatron_megatron.cost.counts_values import LayerCounts
 from galvatron_megatron.cost.memory import ElementBytes, Share, optimizer_traffic_bytes
 from galvatron_megatron.cost.offload import host_traffic, link_seconds, link_source, update_seconds
 from galvatron_megatron.cost.options import RunOptions
@@ -12,11 +10,10 @@ from galvatron_megatron.cost.sharded_states import GATHER, REDUCE, Sent
 from galvatron_megatron.cost.sharding import REDUCTION, UPDATE
 from galvatron_megatron.cost.terms import Term
 from galvatron_megatron.describe.cluster import GB, Cluster
-from galvatron_megatron.plan.strategy import Offload, SequenceParallel, Strategy
+from galvatron_megatron.plan.strategy import Offload, Strategy
 
 
 def step_terms(
-    counts: LayerCounts,
     shares: Collection[Share],
     strategy: Strategy,
     sent: Sent,
@@ -24,11 +21,11 @@ def step_terms(
     element: ElementBytes,
     options: RunOptions,
     cluster: Cluster,
+    partial_seconds: float,
 ) -> list[Term]:
     """What is paid once per step: gradients, parameters, replicated gradients over tp, optimizer.
 
     Args:
-        counts: of one micro-batch on one rank.
         shares: of the parameters.
         strategy: how the layer runs.
         sent: seconds of what sharding sends.
@@ -36,6 +33,7 @@ def step_terms(
         element: bytes of a parameter's states.
         options: switches of the job.
         cluster: devices and links.
+        partial_seconds: in which gradients that tp ranks compute in part are summed.
 
     Returns:
         Terms in seconds.
@@ -49,14 +47,8 @@ def step_terms(
         if what in sent:
             added = added_seconds(sent[what], phases[phase], constants.overlap_slowdown, overlaps=overlaps)
             terms.append(Term(name=name, value=added))
-    if strategy.sequence_parallel is SequenceParallel.MEGATRON and counts.parameters_replicated:
-        size = counts.parameters_replicated * element.gradient
-        terms.append(
-            Term(
-                name="replicated gradients over tp",
-                value=collective_seconds("all_reduce", size, strategy.tp, 1, cluster),
-            )
-        )
+    if partial_seconds:
+        terms.append(Term(name="replicated gradients over tp", value=partial_seconds))
     if options.optimizer_in_step and strategy.offload is not Offload.NONE:
         moved = host_traffic(shares, strategy, element)
         terms += [

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from galvatron_megatron.cost.protocol import LayerCost
+from galvatron_megatron.cost.sharded_states import SentCollective
 
 SOURCES = ("measured", "traced", "modelled")
 
@@ -37,6 +38,8 @@ class PricedLayer:
     """Bytes per live micro-batch; they add up to ``cost.activation_bytes`` without slack."""
     slack_bytes: int = 0
     """Part of ``cost.activation_bytes`` that is allocator rounding and fragmentation."""
+    collectives: tuple[SentCollective, ...] = ()
+    """Of its states, as they are priced; empty where prices are measured, which follow the analytic ones."""
 
     @property
     def host_bytes(self) -> int:
