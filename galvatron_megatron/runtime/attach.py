@@ -10,7 +10,8 @@ attached (megatron-core 0.19; ``tests/runtime/test_attach.py`` notices when one 
 * ``get_megatron_optimizer`` as ``megatron.training.training`` imports it;
 * ``load_checkpoint`` likewise: it puts the random states of one rank onto others;
 * ``_build_sharded_state_dict_metadata`` of ``megatron.training.checkpointing``: describes what is saved;
-* ``generate_state_dict`` there: it gathers what is saved, to which each rank's random streams are added;
+* ``generate_state_dict`` there: it gathers what is saved, to which each rank's random streams are added, and of
+  which an asynchronous writer gets copies;
 * ``_load_base_checkpoint`` there: it says what a checkpoint holds, and hands over what was loaded;
 * ``TorchDistLoadShardedStrategy.load``: reads a rank's part, at which one rank alone may fail.
 """
@@ -36,6 +37,7 @@ from megatron.training.models import dist_utils
 from galvatron_megatron.errors import UnsupportedPlanError
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.serialization import plan_to_dict
+from galvatron_megatron.runtime import checkpoint_async
 from galvatron_megatron.runtime.checkpoint import CONTENT, ReshardableOptimizer, describe_loaded
 from galvatron_megatron.runtime.checkpoint_checks import CheckedLoading
 from galvatron_megatron.runtime.context import RuntimeContext
@@ -83,7 +85,8 @@ class Attachment:
         load = checked.hook_load(TorchDistLoadShardedStrategy.load)
         if is_left_to_megatron(plan, args):
             replacements: tuple[Any, ...] = (
-                *(original for _, _, original in self._originals[:-2]),
+                *(original for _, _, original in self._originals[:-3]),
+                checkpoint_async.hook_generate(checkpointing.generate_state_dict),
                 checked.hook_read(checkpointing._load_base_checkpoint),
                 load,
             )
@@ -109,7 +112,7 @@ class Attachment:
                 _describe_content(
                     checkpointing._build_sharded_state_dict_metadata, {**CONTENT, **streams.content}
                 ),
-                streams.hook_generate(checkpointing.generate_state_dict),
+                checkpoint_async.hook_generate(streams.hook_generate(checkpointing.generate_state_dict)),
                 streams.hook_read(
                     checked.hook_read(describe_loaded(checkpointing._load_base_checkpoint, runs_alike=False))
                 ),

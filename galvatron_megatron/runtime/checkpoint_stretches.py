@@ -19,8 +19,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from galvatron_megatron.device import on_cpu
-
 STATES = ("exp_avg", "exp_avg_sq")
 """Adam's states, by their names in checkpoints."""
 PREFIX = "optimizer.state."
@@ -157,19 +155,8 @@ def stretch_pieces(
     flat, found = stretch.tensors[name].detach(), {}
     for position, piece in _pieces(entry, stretch):
         data = flat.narrow(0, position - stretch.start, prod(piece.local_shape)).view(piece.local_shape)
-        data = data.clone() if _is_read_late(data) else data
         found[str(position)] = replace(piece, key=f"{prefix}{piece.key}", data=data, dtype=data.dtype)
     return found
-
-
-def _is_read_late(data: torch.Tensor) -> bool:
-    """Whether Megatron's asynchronous writer would read states while later steps change them.
-
-    It copies what is on the device, and views in host memory, before training goes on; a tensor in host memory
-    that has its storage to itself it reads when it writes. (Where the host is the device, it does so of all.)
-    """
-    in_host_memory = data.device.type == "cpu" and not on_cpu()
-    return in_host_memory and data.untyped_storage().nbytes() == data.nbytes
 
 
 def take_entries(stretches: Iterable[Stretch], loaded: dict[int, dict[str, dict[str, torch.Tensor]]]) -> None:

@@ -50,10 +50,26 @@ PAIRS = (
     ("uniform", "mixed"),
     ("interleaved", "split"),
     ("gradients", "parameters"),
-    ("parameters", "gradients"),
-    ("mixed", "parameters"),
     ("gradients", "uniform"),
 )
+KINDS = (
+    "zero0",
+    "zero1",
+    "zero2",
+    "zero3",
+    "zero1 offload-optimizer",
+    "zero2 offload-optimizer",
+    "zero3 offload-optimizer",
+    "zero3 offload-parameters",
+)
+"""How a layer's states are kept, in the order of the layers of the job that saves them."""
+ORDERS = (
+    (6, 5, 0, 4, 1, 3, 7, 2),
+    (0, 3, 1, 5, 2, 4, 6, 7),
+    (5, 2, 7, 0, 3, 6, 1, 4),
+    (4, 0, 3, 7, 6, 5, 2, 1),
+)
+"""By layer, how jobs keep them that go on from there: each changes all layers in a way that no other does."""
 OTHER_WORLDS = (("mixed", "two"), ("mixed", "one"), ("parameters", "one"), ("one", "split"))
 
 
@@ -95,6 +111,59 @@ def goes_on(ranks, saved, before, after):
 @pytest.mark.parametrize(("before", "after"), PAIRS)
 def test_goes_on_under_another_plan(ranks, saved, before, after):
     goes_on(ranks, saved, before, after)
+
+
+def kept_in(order, *, pp=1, **options):
+    """A plan of eight layers whose states are kept in every way, at changing tp."""
+    words = [f"tp{2 if number % 3 else 1} {KINDS[kind]}" for number, kind in enumerate(order)]
+    stages = [words] if pp == 1 else [words[:5], words[5:]]
+    arguments = {"train-iters": 4, "override-opt-param-scheduler": True, **options.pop("arguments", {})}
+    return case("kept", "modern", f"tp1 {KINDS[order[0]]}", *stages, pp=pp, arguments=arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def kept(ranks, tmp_path_factory):
+    """A checkpoint with states kept in every way, and what the job saw that saved it and went on."""
+    where = tmp_path_factory.mktemp("kept")
+    made = kept_in(range(8), arguments={"save": str(where), "save-interval": 2})
+    return where, ranks(4).run(train, made)[0]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_states_of_every_stage_go_on_under_every_other(ranks, kept, order):
+    where, expected = kept
+    made = kept_in(order, pp=1 + order[0] % 2, arguments={"load": str(where), "ckpt-step": 2})
+    seen = ranks(4).run(train, made)[0]
+    assert len(seen["losses"]) == 2
+    assert_same_training(seen, expected, slice(2, None))
+
+
+def test_the_orders_hold_every_pair_of_stages_and_of_places():
+    stages = [int(kind[4]) for kind in KINDS]
+    places = [kind.partition(" ")[2] for kind in KINDS]
+    for values in (stages, places):
+        pairs = {(values[before], values[after]) for order in ORDERS for before, after in enumerate(order)}
+        assert pairs == {(before, after) for before in values for after in values}
+    assert len({(before, after) for order in ORDERS for before, after in enumerate(order)}) == 32
+
+
+def writes_late(rank, world_size, made):
+    from late_saves import train_beside_saves
+
+    seen = train_beside_saves(made)
+    if rank:
+        del seen["weights"]
+    return seen
+
+
+def test_an_asynchronous_save_has_no_changes_of_later_steps(ranks, tmp_path):
+    """Its writer reads tensors in host memory when it writes: here behind the next step."""
+    arguments = {"save": str(tmp_path), "save-interval": 2}
+    asynchronous = {"late_arguments": {"async_save": True, "async_strategy": "mcore"}}
+    expected = ranks(4).run(writes_late, kept_in(range(8), arguments=arguments, **asynchronous))[0]
+    made = kept_in(ORDERS[1], arguments={"load": str(tmp_path), "ckpt-step": 2})
+    seen = ranks(4).run(train, made)[0]
+    assert_same_training(seen, expected, slice(2, None))
 
 
 @pytest.mark.parametrize("name", ["uniform", "split", "gradients"])

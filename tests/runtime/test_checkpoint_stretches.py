@@ -13,7 +13,6 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
-from galvatron_megatron.runtime import checkpoint_stretches
 from galvatron_megatron.runtime.checkpoint_stretches import (
     Stretch,
     blocks,
@@ -21,12 +20,6 @@ from galvatron_megatron.runtime.checkpoint_stretches import (
     entries_by_parameter,
     take_entries,
 )
-
-
-@pytest.fixture(autouse=True)
-def host_is_the_device(monkeypatch):
-    monkeypatch.setattr(checkpoint_stretches, "on_cpu", lambda: True)
-
 
 SHAPES = st.lists(st.integers(1, 5), min_size=0, max_size=4).map(tuple)
 
@@ -141,18 +134,3 @@ def test_a_factory_that_copies_is_named():
     )
     with pytest.raises(RuntimeError, match="odd: is no view"):
         checkpoint_entries(stretches(parameter, [(0, 4)]), entries_by_parameter({"odd": copying}))
-
-
-def test_states_in_host_memory_are_not_read_while_later_steps_change_them(monkeypatch):
-    """Of a job on devices, where an asynchronous writer copies views at once and whole host tensors late."""
-    monkeypatch.setattr(checkpoint_stretches, "on_cpu", lambda: False)
-    parameter = torch.nn.Parameter(torch.zeros(8))
-    entry = ShardedTensor.from_rank_offsets("weight", parameter, replica_id=(0, 0, 0))
-    flat = torch.zeros(8)
-    for kept, shares in ((flat, False), (flat[:4], True)):
-        stretch = Stretch(number=0, parameter=parameter, start=0, tensors={"param": kept})
-        (piece,) = checkpoint_stretches.stretch_pieces(entry, stretch, "param").values()
-        assert (piece.data.data_ptr() == flat.data_ptr()) is shares
-        checkpoint_stretches.take_pieces(stretch, "param", {"0": piece.data + 1})
-        assert torch.equal(kept, torch.ones(len(kept)))
-        flat.zero_()
