@@ -1,10 +1,11 @@
-"""DeepSpeed's engine around a Megatron model gives the losses and norms of one rank."""
+"""DeepSpeed's engine around a Megatron model, with an exported file, gives the losses and norms of one rank."""
 
 import pytest
 
-from galvatron_megatron.describe.deepspeed_config import deepspeed_config
+from galvatron_megatron.cli import main
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
+from galvatron_megatron.plan.serialization import write_plan
 from galvatron_megatron.plan.strategy import SequenceParallel, Strategy
 
 pytestmark = pytest.mark.distributed
@@ -20,6 +21,9 @@ STRATEGIES = [
     Strategy(dp=4, zero=3),
     Strategy(tp=4, zero=1),
 ]
+
+BY_HAND = STRATEGIES[2]
+"""Without our own ``initialize``: it is one of DeepSpeed's calls."""
 
 
 def plan_of(strategy: Strategy) -> Plan:
@@ -112,15 +116,27 @@ def reference():
     return seen
 
 
-def under_deepspeed(strategy, config):
+def under_deepspeed(strategy, path):
+    import json
+
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from galvatron_megatron.integration.deepspeed_engine import ModelParallelUnit, initialize
+    from galvatron_megatron.integration.deepspeed_engine import ModelParallelUnit, initialize, prepare
 
     model = build(strategy.tp, strategy.sequence_parallel is MEGATRON)
-    engine = initialize(model, optimizer_of(model), config)
+    optimizer, config = optimizer_of(model), json.loads(path.read_text())
+    if strategy == BY_HAND:
+        prepare()
+        import deepspeed
+
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=str(path), mpu=ModelParallelUnit
+        )
+    else:
+        engine = initialize(model, optimizer, path)
+    assert engine.zero_optimization_stage() == strategy.zero
     assert ModelParallelUnit.get_model_parallel_world_size() == strategy.tp
     assert ModelParallelUnit.get_data_parallel_world_size() == strategy.dp
     group = ModelParallelUnit.get_data_parallel_group()
@@ -145,8 +161,18 @@ def under_deepspeed(strategy, config):
     return seen
 
 
-def test_every_stage_equals_one_rank(ranks):
-    cases = [(s, deepspeed_config(plan_of(s), precision="fp32", clip_grad=CLIP)) for s in STRATEGIES]
+def exported(strategy, folder):
+    """The file that the command writes for a plan."""
+    plan, config = folder / f"{strategy}.yaml", folder / f"{strategy}.json"
+    write_plan(plan_of(strategy), plan)
+    assert (
+        main(["export", str(plan), "--deepspeed", str(config), "--precision=fp32", f"--clip-grad={CLIP}"]) == 0
+    )
+    return config
+
+
+def test_every_stage_equals_one_rank(ranks, tmp_path):
+    cases = [(strategy, exported(strategy, tmp_path)) for strategy in STRATEGIES]
     for expected, found in ranks(4).run(train_all, cases):
         losses, norms = zip(*expected, strict=True)
         assert losses[-1] < losses[0] - 0.2 and max(norms) > CLIP
