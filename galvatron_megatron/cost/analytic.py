@@ -36,13 +36,16 @@ from galvatron_megatron.cost.sharded_states import (
     tied_sum,
     transient_bytes,
 )
-from galvatron_megatron.cost.sharding import gathered_modules, whole_parameters
+from galvatron_megatron.cost.sharding import embedding_modules, gathered_modules, whole_parameters
 from galvatron_megatron.cost.step_terms import step_terms
 from galvatron_megatron.cost.terms import PricedLayer, Term
 from galvatron_megatron.describe.cluster import MICROSECOND, Cluster
 from galvatron_megatron.describe.model import Layer, Model
 from galvatron_megatron.describe.profile import EMBEDDING, HEAD
 from galvatron_megatron.plan.strategy import Offload, SequenceParallel, Strategy
+
+_SETTINGS = 2
+"""Matrices decay, vectors do not; the embedding has no vectors."""
 
 
 class AnalyticCostModel:
@@ -145,8 +148,8 @@ class AnalyticCostModel:
 
     def priced_layer(self, layer: int, strategy: Strategy, setting: Setting) -> PricedLayer:
         """Prices a layer term by term."""
-        # With how many others a layer shares a stage counts only where its parameters are gathered.
-        pp = setting.pp if strategy.zero == 3 else 1
+        # With how many others a layer shares a stage counts only where others have its parameters as well.
+        pp = setting.pp if strategy.ranks > 1 else 1
         return self._priced(self.model.layers[layer], strategy, setting.micro_batch_samples, pp)
 
     def priced_embedding(self, setting: Setting) -> PricedLayer:
@@ -199,8 +202,8 @@ class AnalyticCostModel:
             norms: norms are gathered too.
         """
         if part == EMBEDDING:
-            counts = self._closed.embedding(Strategy(), 1)
-        elif part == HEAD:
+            return embedding_modules(self.model)
+        if part == HEAD:
             counts = self._closed.head(Strategy(), 1)
         else:
             counts = self._closed.layer(self.model.layers[part], Strategy(), 1)
@@ -246,11 +249,20 @@ class AnalyticCostModel:
         modules = self._gathered(counts, strategy, norms=not whole)
         at_use = layer_at_use(strategy, len(self.model.layers), pp, modules)
         partial = _partial_gradients(counts, strategy)
-        return self._price(counts, strategy, modules, at_use, whole=whole, partial_gradients=partial)
+        return self._price(
+            counts,
+            strategy,
+            modules,
+            at_use,
+            whole=whole,
+            partial_gradients=partial,
+            together=max(1, len(self.model.layers) // pp),
+            settings=_SETTINGS,
+        )
 
     def _price_embedding(self, setting: Setting) -> PricedLayer:
         counts = self._counts.embedding(setting.base, setting.micro_batch_size)
-        modules = self._gathered(counts, setting.base)
+        modules = embedding_modules(self.model)
         return self._price(counts, setting.base, modules, EMBEDDING_AT_USE, before=self._beside_end(setting, 0))
 
     def _beside_end(self, setting: Setting, layer: int) -> dict[str, float] | None:
@@ -276,6 +288,7 @@ class AnalyticCostModel:
             copied_weight=counts.parameters_sharded if tied and setting.pp > 1 else 0,
             copy_stride=setting.base.ranks * (setting.pp - 1),
             partial_gradients=_partial_gradients(counts, setting.base),
+            settings=_SETTINGS,
         )
 
     def _price(
@@ -291,6 +304,8 @@ class AnalyticCostModel:
         copy_stride: int = 1,
         whole: int = 0,
         partial_gradients: int = 0,
+        together: int = 1,
+        settings: int = 1,
     ) -> PricedLayer:
         """Prices counts.
 
@@ -305,6 +320,9 @@ class AnalyticCostModel:
             copy_stride: distance between the first and the last stage's ranks.
             whole: parameters that ZeRO 3 keeps whole.
             partial_gradients: parameters whose gradients tp ranks compute in part.
+            together: how many parts of the stage are reduced and updated at once; embedding and head, whose
+                classes no layer may share, are charged with messages of their own.
+            settings: groups of its parameters with optimizer settings of their own.
         """
         cluster, constants = self.cluster, self.cluster.constants
         parameters = counts.parameters - shared_weight
@@ -313,9 +331,17 @@ class AnalyticCostModel:
         element = self._element
         traffic = host_traffic(shares, strategy, element)
         sharding = sent_collectives(
-            shares, strategy, element, self.options, modules=modules, borrowed=shared_weight, whole=whole
+            shares,
+            strategy,
+            element,
+            self.options,
+            modules=modules,
+            borrowed=shared_weight,
+            whole=whole,
+            together=together,
+            settings=settings,
         )
-        partial = partial_sum(partial_gradients, shares[0], strategy, element, self.options)
+        partial = partial_sum(partial_gradients, shares[0], strategy, element, self.options, together)
         tied = tied_sum(copied_weight, copy_stride, shares[0], strategy, element, self.options)
         sent = sent_seconds(sharding, self._collective_seconds)
 

@@ -2,14 +2,15 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Protocol
 
 from galvatron_megatron.cost.memory import ElementBytes, Share
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.overlap import exposed_seconds
-from galvatron_megatron.cost.sharding import BACKWARD, FORWARD, REDUCTION, sharding_collectives
+from galvatron_megatron.cost.sharding import BACKWARD, FORWARD, REDUCTION, UPDATE, sharding_collectives
 from galvatron_megatron.plan.strategy import Offload, Recompute, Strategy
-from galvatron_megatron.plan.zero_rules import bucket_elements, is_deepspeed, reduction_buffers
+from galvatron_megatron.plan.zero_rules import bucket_elements, is_deepspeed, reduction_buffers, usual_bucket
 
 GATHER, REDUCE = "gather", "reduce"
 """What a collective is for."""
@@ -100,11 +101,15 @@ def sent_collectives(
     modules: int = 1,
     borrowed: int = 0,
     whole: int = 0,
+    together: int = 1,
+    settings: int = 1,
 ) -> tuple[SentCollective, ...]:
     """The collectives that shard some parameters' states; see ``sharding_collectives``.
 
-    With several instances of Megatron's distributed optimizer, each scatters gradients among its own ranks,
-    then shards are summed over the instances.
+    Gradients of all parts of a stage that are kept alike are reduced in one message, or bucket by bucket, and
+    so are parameters gathered behind the optimizer: each part has its share of these messages. With several
+    instances of Megatron's distributed optimizer, each scatters gradients among its own ranks, then shards are
+    summed over the instances.
 
     Args:
         shares: parameters of the rank by who replicates them.
@@ -114,6 +119,9 @@ def sent_collectives(
         modules: that compute with parameters, the one that borrows counted.
         borrowed: parameters that one module takes from another part of the model: stage 3 gathers them again.
         whole: parameters, of the first share, that stage 3 keeps whole; ``modules`` does not count theirs.
+        together: how many parts like this one a rank has.
+        settings: groups of parameters with optimizer settings of their own, as with and without weight decay,
+            which DeepSpeed's stages 1 and 2 gather one by one.
     """
     own = max(1, modules - bool(borrowed))
     sent = []
@@ -131,12 +139,22 @@ def sent_collectives(
             again = sharding_collectives(borrowed, 3, element, recompute=strategy.recompute)
             collectives += tuple(entry for entry in again if entry.kind == "all_gather")
         for entry in collectives:
+            role = GATHER if entry.kind == "all_gather" else REDUCE
+            count: float = entry.count
+            if role == REDUCE or entry.when == UPDATE:
+                buckets = _buckets(share, strategy, options, together)
+                by_deepspeed = is_deepspeed(strategy.zero, strategy.offload, options.deepspeed_zero_1)
+                if role == GATHER and strategy.zero == 3:
+                    buckets = 1
+                elif role == GATHER and by_deepspeed:
+                    buckets += settings - 1
+                count = buckets / together
             found = SentCollective(
                 kind=entry.kind,
                 when=entry.when,
-                role=GATHER if entry.kind == "all_gather" else REDUCE,
-                count=entry.count,
-                bytes=entry.bytes / entry.count,
+                role=role,
+                count=count,
+                bytes=entry.bytes / count,
                 ranks=share.sharding,
                 stride=share.stride,
             )
@@ -145,7 +163,6 @@ def sent_collectives(
                 between = replace(
                     found,
                     kind="all_reduce",
-                    count=1,
                     bytes=found.bytes / share.sharding,
                     ranks=share.replicas // share.sharding,
                     stride=share.stride * share.sharding,
@@ -154,8 +171,25 @@ def sent_collectives(
     return tuple(entry for entry in sent if entry.is_sent)
 
 
+def _buckets(share: Share, strategy: Strategy, options: RunOptions, together: int) -> int:
+    """In how many messages the gradients of some parts are reduced."""
+    elements = share.parameters * together
+    if is_deepspeed(strategy.zero, strategy.offload, options.deepspeed_zero_1):
+        bucket = bucket_elements(elements, 0, share.sharding, options.bucket_elements)
+    elif options.overlap_gradients:
+        bucket = options.bucket_elements or usual_bucket(share.replicas)
+    else:
+        return 1
+    return max(1, ceil(elements / max(1, bucket)))
+
+
 def partial_sum(
-    parameters: int, share: Share, strategy: Strategy, element: ElementBytes, options: RunOptions
+    parameters: int,
+    share: Share,
+    strategy: Strategy,
+    element: ElementBytes,
+    options: RunOptions,
+    together: int = 1,
 ) -> tuple[SentCollective, ...]:
     """The sum, over a tp group, of gradients that each of its ranks computes in part: once per step.
 
@@ -165,8 +199,9 @@ def partial_sum(
         strategy: how the layer runs.
         element: bytes of one parameter by purpose.
         options: switches of the job.
+        together: how many parts like this one a rank has, which are summed in one message.
     """
-    return _summed(parameters, strategy.tp, 1, share, strategy, element, options)
+    return _summed(parameters, strategy.tp, 1, share, strategy, element, options, 1 / together)
 
 
 def tied_sum(
@@ -193,13 +228,20 @@ def _summed(
     strategy: Strategy,
     element: ElementBytes,
     options: RunOptions,
+    count: float = 1.0,
 ) -> tuple[SentCollective, ...]:
     """Megatron sums whole gradients, whatever it shards; the engines of ZeRO the parts that each rank keeps."""
     size = parameters * element.gradient
     if is_deepspeed(strategy.zero, strategy.offload, options.deepspeed_zero_1):
         size = parameters / share.sharding * element.under_deepspeed.gradient
     found = SentCollective(
-        kind="all_reduce", when=REDUCTION, role=REDUCE, count=1, bytes=size, ranks=ranks, stride=stride
+        kind="all_reduce",
+        when=REDUCTION,
+        role=REDUCE,
+        count=count,
+        bytes=size / count,
+        ranks=ranks,
+        stride=stride,
     )
     return (found,) if found.is_sent else ()
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from galvatron_megatron.cost.counts_values import LayerCounts
 from galvatron_megatron.cost.memory import ElementBytes
 from galvatron_megatron.cost.options import RunOptions
+from galvatron_megatron.describe.model import Model
 from galvatron_megatron.plan.strategy import Recompute, Strategy
 from galvatron_megatron.plan.zero_rules import vectors_stay_whole
 
@@ -95,8 +96,19 @@ def gathered_modules(counts: LayerCounts, options: RunOptions, *, norms: bool = 
     """
     names = {operator.name for operator in counts.operators if operator.phase == "forward"}
     linears = sum(operator_kind(name) == "linear" for name in names)
+    # Megatron's Mamba mixer itself holds its convolution's weights, and what its scan needs.
+    mixers = sum(name.endswith("convolution") for name in names)
     apart = norms and not (options.implementation == "transformer_engine" and linears)
-    return max(1, linears + apart * sum(operator_kind(name) == "norm" for name in names))
+    return max(1, linears + mixers + apart * sum(operator_kind(name) == "norm" for name in names))
+
+
+def embedding_modules(model: Model) -> int:
+    """How many modules of the embedding hold parameters: words, and positions where they are learned.
+
+    Args:
+        model: whose embedding.
+    """
+    return 2 if model.position_embedding == "learned_absolute" else 1
 
 
 def whole_parameters(closed: LayerCounts, parameters: int, strategy: Strategy, options: RunOptions) -> int:

@@ -129,7 +129,7 @@ class ZeroPart:
         self.dp_group, self.dp_cp_group = groups.dp, groups.dp_cp
         self.tp_group, self.pp_group, self.ep_group = groups.tp, groups.pp, groups.ep
         self.expt_dp_group = groups.expt_dp
-        self._summed: list[tuple[dist.ProcessGroup, set[int]]] = []
+        self._summed: dict[dist.ProcessGroup, set[int]] = {}
         for parameter in parameters:
             if getattr(parameter, "sequence_parallel", False):
                 # Megatron would look for a whole gradient and sum it; the shards are summed here.
@@ -143,8 +143,8 @@ class ZeroPart:
         return [p for p in self.parameters if shared and getattr(p, "shared_embedding", False)]
 
     def sum_over(self, group: dist.ProcessGroup, parameters: list[torch.nn.Parameter]) -> None:
-        """Adds parameters whose gradient is complete only when summed over another group as well."""
-        self._summed.append((group, {id(parameter) for parameter in parameters}))
+        """Adds parameters whose gradient is complete only when summed over another group too, all at once."""
+        self._summed.setdefault(group, set()).update(id(parameter) for parameter in parameters)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -175,7 +175,7 @@ class ZeroPart:
             raise UnsupportedPlanError("whole gradients on every rank: ZeRO keeps parts; valid: zero 0 or 1")
         for engine in self.engines:
             engine.finish_accumulation()
-        for group, parameters in self._summed:
+        for group, parameters in self._summed.items():
             self._sum(group, parameters)
         tied = {id(parameter) for parameter in self.tied}
         if tied:

@@ -211,7 +211,7 @@ def test_instances_of_the_optimizer_keep_more_states() -> None:
 
 
 def test_zero_pays_for_the_collectives_that_its_engines_send() -> None:
-    def parts(zero: int, micro_batches: int, recompute: Recompute = Recompute.NONE, **options: bool):
+    def parts(zero: int, micro_batches: int, recompute: Recompute = Recompute.NONE, **options: object):
         strategy = Strategy(dp=8, zero=zero, recompute=recompute)
         price = costs(options=RunOptions(**options))
         priced = price.priced_layer(0, strategy, setting(strategy, micro_batches=micro_batches))
@@ -223,10 +223,13 @@ def test_zero_pays_for_the_collectives_that_its_engines_send() -> None:
 
     plain = parts(0, 4)
     # Stage 2 sums whole gradients after every micro-batch, also after a single one.
-    assert parts(2, 4) == parts(2, 1) == pytest.approx([0.0, plain[2], 0.0])
+    whole = {"bucket_elements": 10**12}
+    assert parts(2, 4, **whole) == parts(2, 1, **whole) == pytest.approx([0.0, plain[2], 0.0])
+    # Bucket by bucket, where Megatron without overlap knows no buckets.
+    assert plain[2] < parts(2, 4)[1] < 1.1 * plain[2]
     # Megatron's stage 1 scatters: half of the volume. DeepSpeed's sums.
     assert parts(1, 4)[2] < 0.7 * plain[2]
-    assert parts(1, 4, deepspeed_zero_1=True)[2] == pytest.approx(plain[2])
+    assert parts(1, 4, deepspeed_zero_1=True, **whole)[2] == pytest.approx(plain[2])
     forward, backward, _ = parts(3, 4)
     assert forward > 0
     # Computed again, a layer is gathered for that as well; some of that behind the longer pass.
@@ -250,7 +253,8 @@ def test_parameters_are_gathered_while_the_layer_in_front_computes() -> None:
     assert one[1] - reduced < 0.8 * (four[1] - reduced)
     # The last module of a layer that is computed again is gathered twice in a row.
     assert added(1, Recompute.FULL)[1] > 1.05 * one[1]
-    assert added(4, zero=2) == added(1, zero=2)
+    # Nothing is gathered; of the last bucket of a stage fewer layers pay a larger part.
+    assert added(4, zero=2) == pytest.approx(added(1, zero=2), rel=0.05)
 
 
 def test_the_embedding_is_waited_for_forward_and_the_head_backward() -> None:
