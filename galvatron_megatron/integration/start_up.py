@@ -17,6 +17,8 @@ from types import ModuleType
 FLAG_PREFIX = "--galvatron-"
 TARGET = "megatron.training.arguments"
 """The module that holds Megatron's argument parser."""
+DEEPSPEED_TARGET = "megatron.arguments"
+"""The one of Megatron-DeepSpeed, where the package called megatron is its own."""
 
 _LAUNCHERS = frozenset({"torchrun", "deepspeed", "deepspeed.pt", "ds", "accelerate", "srun", "mpirun"})
 _LAUNCHER_MODULES = frozenset(
@@ -75,6 +77,13 @@ def attach(module: ModuleType) -> None:
     attach_arguments(module)
 
 
+def attach_deepspeed(module: ModuleType) -> None:
+    """Lets Megatron-DeepSpeed's freshly imported argument parser read plans."""
+    from galvatron_megatron.integration.megatron_deepspeed import attach as attach_arguments
+
+    attach_arguments(module)
+
+
 def is_launcher(words: Sequence[str]) -> bool:
     """Whether a command line starts ranks instead of being one.
 
@@ -95,8 +104,9 @@ def arm() -> None:
     """Waits for Megatron's argument parser; does nothing in a launcher's own process or where armed already."""
     if is_launcher(sys.orig_argv):
         return
-    if TARGET in sys.modules:
-        attach(sys.modules[TARGET])
-        return
+    for target, then in ((TARGET, attach), (DEEPSPEED_TARGET, attach_deepspeed)):
+        if target in sys.modules:
+            then(sys.modules[target])
+            return
     if not any(isinstance(finder, Watch) for finder in sys.meta_path):
-        sys.meta_path.insert(0, Watch(TARGET, attach))
+        sys.meta_path[:0] = [Watch(TARGET, attach), Watch(DEEPSPEED_TARGET, attach_deepspeed)]

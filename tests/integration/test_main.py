@@ -23,7 +23,7 @@ def test_a_script_runs_as_if_python_had_started_it(tmp_path):
     script.write_text(SCRIPT)
     done = run(str(script), "--lr", "1", "--galvatron-auto")
     assert done.stderr == ""
-    assert done.stdout.split("\n")[0] == f"__main__ ['--lr', '1', '--galvatron-auto'] {tmp_path} 1"
+    assert done.stdout.split("\n")[0] == f"__main__ ['--lr', '1', '--galvatron-auto'] {tmp_path} 2"
 
 
 def test_a_missing_script_is_named_in_one_line():

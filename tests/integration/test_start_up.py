@@ -69,7 +69,7 @@ def test_the_hook_wakes_only_for_its_flags(site_directory):
         == str(
             ["galvatron_megatron", "galvatron_megatron.integration", "galvatron_megatron.integration.start_up"]
         )
-        + " ['Watch']"
+        + " ['Watch', 'Watch']"
     )
 
 
