@@ -1,8 +1,8 @@
 """The ``--galvatron-plan`` flag on the scripts of Megatron-DeepSpeed.
 
 That repository brings an argument parser of its own (``megatron.arguments``) and runs DeepSpeed's engine. One
-name of it is replaced right after the module has run: ``parse_args``, which then reads the plan, parses the flags
-that say it, and hands DeepSpeed's configuration on as a dictionary. See ``patches/README.md``.
+name of it is replaced right after the module has run: ``parse_args``, which then reads the plan, parses the
+flags that say it, and hands DeepSpeed's configuration on as a dictionary. See ``patches/README.md``.
 """
 
 import argparse
