@@ -1,7 +1,8 @@
 """Runs the tests with both cores of a small machine in use: ``python tests/run.py [words for pytest]``.
 
-Ranks wait for each other a fifth of the time, and tests without ranks use one core: these run beside those, at
-a lower priority. Tests that assert on measured times (marked ``alone``) come last, with nothing beside them.
+Ranks that are kept for one test after another wait for each other a fourth of the time. All that needs none of
+them, tests without ranks and those that start whole jobs (marked ``jobs``), runs beside, at a lower priority.
+Tests that assert on measured times (marked ``alone``) come last, with nothing beside them.
 Which tests run and what they check is as in one plain ``pytest``; so is everything where the words choose by
 markers or name a file for results.
 """
@@ -17,8 +18,8 @@ from typing import IO
 import pytest
 from filelock import FileLock
 
-BESIDE = "not distributed and not alone"
-RANKS = "distributed or alone"
+BESIDE = "(jobs or not distributed) and not alone"
+RANKS = "alone or (distributed and not jobs)"
 NICENESS = 5
 LOCK = "GALVATRON_TESTS_BESIDE"
 """Environment variable for conftest.py: a file that is locked while there are tests beside."""
@@ -62,7 +63,7 @@ def main(words: list[str]) -> int:
                 process.terminate()
                 process.wait()
             output.seek(0)
-            print(f"\ntests without ranks ({BESIDE}):")
+            print(f"\ntests beside ({BESIDE}):")
             sys.stdout.flush()
             sys.stdout.buffer.write(output.read())
             sys.stdout.flush()

@@ -25,7 +25,7 @@ from galvatron_megatron.search.engine import search
 from galvatron_megatron.search.host_memory import offloads
 from galvatron_megatron.search.request import SearchRequest
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.jobs]
 HALFWAY = 5
 
 

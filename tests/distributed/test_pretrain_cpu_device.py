@@ -5,7 +5,7 @@ import shlex
 import pytest
 from jobs import SIZES, SMALL, run_ranks
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.jobs]
 
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 

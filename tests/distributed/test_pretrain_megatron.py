@@ -10,6 +10,7 @@ CHECKOUT = os.environ.get("GALVATRON_MEGATRON_LM")
 
 pytestmark = [
     pytest.mark.distributed,
+    pytest.mark.jobs,
     pytest.mark.skipif(
         CHECKOUT is None,
         reason="GALVATRON_MEGATRON_LM does not name a Megatron-LM checkout (core_v0.19)",

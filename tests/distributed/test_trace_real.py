@@ -11,6 +11,7 @@ from galvatron_megatron.plan.strategy import Strategy
 from galvatron_megatron.profiler.trace import run_worker, settings_of
 from tests.profiler.trace_cases import MEGATRON, STRATEGIES, argv
 
+pytestmark = [pytest.mark.distributed, pytest.mark.jobs]
 SHARED_OUT = Strategy(tp=2, sequence_parallel=MEGATRON, expert_parallel=2, expert_tensor_parallel=1)
 TP_AND_SP = [s for s in STRATEGIES if s.tp == 2 and s.sequence_parallel is MEGATRON]
 COMPARED = (
@@ -69,19 +70,16 @@ def run(case: str, tp: int, kernels: str, strategies: Sequence[Strategy] = STRAT
     assert compared >= 4 * len(COMPARED)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize(("case", "kernels"), [("grouped", "cpu"), ("experts", "gpu")])
 def test_one_rank_saves_what_was_traced(case: str, kernels: str) -> None:
     run(case, 1, kernels)
 
 
-@pytest.mark.distributed
 def test_two_ranks_with_experts_save_what_was_traced() -> None:
     """Experts split over tp, shared out whole, and shared out without tensor parallelism."""
     run("experts", 2, "gpu", [*TP_AND_SP, Strategy(dp=2, expert_parallel=2), SHARED_OUT])
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("case", ["gpt", "latent"])
 def test_two_ranks_save_what_was_traced(case: str) -> None:
     run(case, 2, "gpu")
