@@ -384,8 +384,8 @@ class Branch:
         shares = self._host_shares(virtual_stages, base)
         for spans in self.spans(virtual_stages):
 
-            def solved(host: np.ndarray, cutoff: float, spans: Spans = spans) -> Partition | None:
-                problem = PipelineProblem(
+            def problem(host: np.ndarray, spans: Spans = spans) -> PipelineProblem:
+                return PipelineProblem(
                     chain,
                     spans,
                     replace(positions, host=host),
@@ -394,9 +394,8 @@ class Branch:
                     time_limit,
                     self._numbered,
                 )
-                return problem.solve(cutoff)
 
-            found = solved(positions.host, cutoff) if shares is None else shares.solve(solved, cutoff)
+            found = problem(positions.host).solve(cutoff) if shares is None else shares.solve(problem, cutoff)
             if found is not None:
                 cutoff = found.step_seconds
                 best = (found, spans)

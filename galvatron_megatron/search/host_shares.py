@@ -18,12 +18,13 @@ import numpy as np
 
 from galvatron_megatron.search.positions import Partition
 from galvatron_megatron.search.stage_answers import ROUNDING
+from galvatron_megatron.search.stage_partition import PipelineProblem
 
-MOST_BOXES = 400
-"""Boxes after which the best answer so far is taken."""
+MOST_BOXES = 250
+"""Boxes of one setting after which the best answer so far is taken, and said to be (``SearchResult.gap``)."""
 
-Solve = Callable[[np.ndarray, float], Partition | None]
-"""The best partition under limits of host bytes by position [P] that is faster than so many seconds."""
+Pose = Callable[[np.ndarray], PipelineProblem]
+"""The problem under limits of host bytes by position [P]."""
 
 
 class HostShares:
@@ -63,11 +64,11 @@ class HostShares:
             room = np.where(self.ranks > 0, np.floor(left / self.ranks), np.inf)
         return np.minimum(most, room.min(0))
 
-    def solve(self, solve: Solve, cutoff: float) -> Partition | None:
+    def solve(self, pose: Pose, cutoff: float) -> Partition | None:
         """Finds the best partition that fits on all nodes.
 
         Args:
-            solve: finds one under limits by stage.
+            pose: the problem under limits by stage.
             cutoff: only a plan faster than this many seconds is wanted.
 
         Returns:
@@ -78,6 +79,10 @@ class HostShares:
         nothing = np.zeros(self.ranks.shape[1])
         boxes = [(0.0, next(ticket), nothing, np.full(len(nothing), np.inf))]
         tried = 0
+        whole = pose(np.full(len(nothing), np.inf))
+        if not whole.is_possible:
+            return None
+        needed = whole.least_host()
         while boxes:
             bound, _, least, most = heappop(boxes)
             if bound >= cutoff * (1 - ROUNDING):
@@ -85,23 +90,35 @@ class HostShares:
             limits = self.most(least, most)
             if (limits < least).any():
                 continue
+            found = self._best(pose, needed, limits, cutoff)
+            if found is None:
+                continue
             if tried == MOST_BOXES:
                 self.unproven = min(self.unproven, bound)
                 break
             tried += 1
-            found = solve(limits, cutoff)
-            if found is None:
-                continue
             used = np.array([stage.host for stage in found.assignments])
             if (self.excess(used) <= 0).all():
                 best, cutoff = found, found.step_seconds
                 continue
-            fair = solve(self._fair(used), cutoff)
+            fair = self._best(pose, needed, self._fair(used), cutoff)
             if fair is not None:
                 best, cutoff = fair, fair.step_seconds
             for below, above in self._halves(used, least, limits):
                 heappush(boxes, (found.step_seconds, next(ticket), below, above))
         return best
+
+    def _best(self, pose: Pose, needed: np.ndarray, limits: np.ndarray, cutoff: float) -> Partition | None:
+        """The best partition within limits that may, for all that is needed at least, fit on all nodes."""
+        problem = pose(limits)
+        slowest = cutoff / problem.micro_batches
+        inside = needed <= limits[:, None]
+        needed = np.where(inside, needed, 0.0)
+        for ranks, free in zip(self.ranks, self.free, strict=True):
+            together = np.where(inside, ranks[:, None] * needed, np.inf)
+            if problem.least_together(together, slowest) > free:
+                return None
+        return problem.solve(cutoff)
 
     def _fair(self, used: np.ndarray) -> np.ndarray:
         """Limits in proportion to what stages would keep, which fit whatever they keep of them."""

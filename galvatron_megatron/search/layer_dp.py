@@ -15,6 +15,7 @@ import numpy as np
 
 from galvatron_megatron.search.chain import BOUNDARY, BYTES_ROW, SYNC_ROW, Chain
 from galvatron_megatron.search.dual import DualRow, best_dual
+from galvatron_megatron.search.host_room import HostRoom, can_fit, host_rooms
 
 _FIRST_WINDOW = 0.0006
 _WIDENING = 2.0
@@ -77,6 +78,7 @@ class StageSearch:
         self.limits_sync = bool(np.isfinite(sync_limit))
         self.limits_host = bool(np.isfinite(host_limit))
         self.dual: list[DualRow] = []
+        self.rooms: list[HostRoom] = []
         self._lower = -np.inf
 
     def lower_bound(self, time_limit: float = np.inf) -> float:
@@ -91,6 +93,12 @@ class StageSearch:
         if whole[BYTES_ROW] + floor > self.budget or whole[SYNC_ROW] > self.sync_limit * (1 + _SLACK):
             self._lower = np.inf
             return np.inf
+        if self.limits_host:
+            spare = self.budget - floor
+            self.rooms = host_rooms(chain, self.sequence, self.position, spare, self.host_limit)
+            if any(room.lacking > 0 for room in self.rooms):
+                self._lower = np.inf
+                return np.inf
         self.dual, ascended = best_dual(
             chain,
             self.sequence,
@@ -174,6 +182,8 @@ class StageSearch:
             keep &= new[1] + rest[SYNC_ROW] <= self.sync_limit * (1 + _SLACK)
         if self.limits_host:
             keep &= new[4] <= self.host_limit
+            for room in self.rooms:
+                keep &= can_fit(room, index, spare, self.host_limit - new[4])
         if not np.isfinite(limit):
             return keep
         for row in self.dual:
@@ -274,6 +284,8 @@ def _across(
 
 def _front(labels: np.ndarray, with_sync: bool) -> np.ndarray:
     """Mask of undominated labels [4 or 5, n] already sorted by seconds, then bytes, transient and sync."""
+    if len(labels) > 4 and not with_sync:
+        return _front(labels[[0, 4, 2, 3]], with_sync=True)  # in the place of sync, which only breaks ties
     if len(labels) > 4:
         keep, host = np.zeros(labels.shape[1], dtype=bool), labels[4]
         for level in np.unique(host):

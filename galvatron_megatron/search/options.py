@@ -8,6 +8,7 @@ import numpy as np
 from galvatron_megatron.cost.protocol import CostModel, Setting
 from galvatron_megatron.plan.strategy import Strategy
 from galvatron_megatron.search.checked_costs import checked
+from galvatron_megatron.search.host_units import counted_in_units
 
 HOST_ROW = 5
 
@@ -114,5 +115,5 @@ def price_options(
     rows = [checked(price(layer, s, setting), "layer {} under {}", layer, s) for s in strategies]
     layouts = [layout_ids.setdefault(s.layout, len(layout_ids)) for s in strategies]
     prices = np.ascontiguousarray(np.array(rows, dtype=np.float64).reshape(len(rows), HOST_ROW + 1).T)
-    prices[HOST_ROW] *= limits_host
+    prices[HOST_ROW] = counted_in_units(prices[HOST_ROW]) if limits_host else 0.0
     return Options(strategies=tuple(strategies), layouts=np.array(layouts, dtype=np.intp), prices=prices)

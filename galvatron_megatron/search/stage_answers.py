@@ -36,9 +36,9 @@ class Limits:
 
     @property
     def in_turn(self) -> tuple["Limits", ...]:
-        """What to ask for, the easiest first: as a rule its answer keeps the other limits as well."""
-        without_sync = replace(self, sync=np.inf)
-        return tuple(dict.fromkeys((replace(without_sync, host=np.inf), without_sync, self)))
+        """What to ask for: without a limit on sync the problem has a dimension less, and as a rule its answer
+        keeps that limit."""
+        return replace(self, sync=np.inf), self
 
 
 @dataclass(slots=True)

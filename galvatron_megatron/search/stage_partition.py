@@ -20,6 +20,7 @@ from itertools import count, pairwise
 import numpy as np
 
 from galvatron_megatron.search.chain import BOUNDARY, BYTES_ROW, SYNC_ROW, Chain
+from galvatron_megatron.search.host_room import least_host
 from galvatron_megatron.search.layer_dp import Assignment, StageSearch
 from galvatron_megatron.search.options import Options
 from galvatron_megatron.search.positions import Partition, Positions
@@ -356,6 +357,16 @@ class PipelineProblem:
                 return least
             if not self._take_fastest(*worst, np.inf):
                 self._learn(*worst, enough, np.inf)
+
+    def least_host(self) -> np.ndarray:
+        """Bytes in host memory [P, C + 1] that stages keep there at least."""
+        found = np.full((self.spans.pp, len(self._sequences) + 1), np.inf)
+        found[:, :-1] = least_host(self.chain, self._sequences, self.positions.classes, self._spare)
+        return found
+
+    def least_together(self, needed: np.ndarray, slowest: float) -> float:
+        """The least sum of ``needed`` [P, C + 1] over stages of which none takes longer than ``slowest``."""
+        return self._shortest(np.where(self._times(np.inf) <= slowest, needed, np.inf))[0]
 
     # ---- branch and bound ------------------------------------------------------------------------------------
 

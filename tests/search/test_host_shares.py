@@ -12,12 +12,13 @@ from galvatron_megatron.cost.protocol import Setting
 from galvatron_megatron.errors import SearchError
 from galvatron_megatron.plan.constraints import Constraints
 from galvatron_megatron.plan.strategy import Offload, Recompute
+from galvatron_megatron.search import host_shares
 from galvatron_megatron.search.decision_tree import Space
 from galvatron_megatron.search.engine import search
 from galvatron_megatron.search.host_shares import HostShares
 from galvatron_megatron.search.request import SearchRequest
 
-INSTANCES = 90
+INSTANCES = 70
 
 
 def instance(seed: int) -> tuple[SearchRequest, RandomCosts]:
@@ -116,3 +117,24 @@ def test_what_one_stage_keeps_the_others_cannot():
     assert shares.most(nothing, free).tolist() == [50, 50]
     assert shares.most(np.array([30.0, 0.0]), free).tolist() == [50, 20]
     assert (shares.most(np.array([30.0, 30.0]), free) < 30).any()
+
+
+def test_a_search_that_is_cut_short_says_what_it_may_have_missed(monkeypatch):
+    missed = 0
+    for seed in range(INSTANCES):
+        request, costs = instance(seed)
+        if request.devices_per_node < request.world_size or not is_small(request):
+            continue
+        with monkeypatch.context() as patched:
+            patched.setattr(host_shares, "MOST_BOXES", 1)
+            try:
+                found = search(request, costs)
+            except SearchError:
+                continue
+        if found.gap:
+            assert found.step_seconds * (1 - found.gap) <= search(request, costs).step_seconds * (1 + 1e-9), (
+                seed
+            )
+            missed += 1
+        assert fits_hosts(request, found.plan.base.ranks, kept(found.plan, costs)), seed
+    assert missed
