@@ -7,7 +7,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.training import get_args, training
 
-from galvatron_megatron.runtime import data_parallel, layers
+from galvatron_megatron.runtime import data_parallel, layers, zero_optimizer
 from galvatron_megatron.runtime.data_parallel import PlannedDataParallel
 from galvatron_megatron.runtime.groups import GroupRegistry
 from galvatron_megatron.runtime.optimizer import PlannedOptimizer
@@ -187,19 +187,29 @@ def one_rank_overflows():
 
 
 def last_stage_overflows():
-    """No mistake: in the sixth step a gradient of the last rank is infinite; an engine's, if it has one."""
+    """No mistake: in the fifth step a gradient of the last pipeline stage is infinite.
+
+    Under ZeRO it is one in the shard of one rank; without a plan one of every replica, as replicas are equal.
+    """
     finalize = training.finalize_model_grads
 
     def poisoned(model, *arguments, **options):
         finalize(model, *arguments, **options)
-        is_last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-        if is_last and get_args().curr_iteration == 5:
-            parts = [part for chunk in model for part in getattr(chunk, "parts", {}).values()]
-            engines = [engine for part in parts if isinstance(part, ZeroPart) for engine in part.engines]
-            gradient = engines[0].gradient(0) if engines else next(model[-1].parameters()).main_grad.view(-1)
-            gradient[0] = torch.inf
+        if get_args().curr_iteration != 4 or not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+            return
+        parts = [part for chunk in model for part in getattr(chunk, "parts", {}).values()]
+        engines = [engine for part in parts if isinstance(part, ZeroPart) for engine in part.engines]
+        if not parts:
+            next(model[-1].parameters()).main_grad.view(-1)[0] = torch.inf
+        elif engines and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            engines[0].gradient(0)[0] = torch.inf
 
     return _replace(training, "finalize_model_grads", poisoned)
+
+
+def zero_nothing_whole():
+    """Small vectors are gathered in every pass."""
+    return _replace(zero_optimizer, "_whole_vectors", lambda *_: [])
 
 
 def late_gathers():

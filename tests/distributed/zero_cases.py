@@ -178,3 +178,41 @@ HALF = (
     case("bf16-2-3", "bf16", "tp1 zero2", ["tp1 zero2", "tp2 zero3", "tp4", "tp2+megatron zero2"]),
     case("fp16-2-3", "fp16", "tp4 zero2", ["tp4+megatron zero3", "tp1", "tp4+megatron zero2", "tp2 zero3"]),
 )
+
+EVALUATED = {"eval-iters": 2, "eval-interval": 4}
+
+
+def skipping_case(name, base, *stages, **options):
+    """fp16 with tied embeddings: the first steps overflow, a later one in one gradient, and the scale grows."""
+    half = {"fp16": True, "initial-loss-scale": 2**19, "loss-scale-window": 3, "train-iters": 8}
+    arguments = half | options.pop("arguments", {})
+    options = {"pp": 2, "micro_batch": 1, "mutation": "last_stage_overflows"} | options
+    return case(name, "classic", base, *stages, arguments=arguments, **options)
+
+
+SKIPPING_STOCK = skipping_case("stock", "tp1", ["tp1"] * 2, ["tp1"] * 2, detached=True, arguments=EVALUATED)
+"""What stock Megatron makes of it, on as many ranks and with micro-batches as large."""
+SKIPPING = (
+    skipping_case(
+        "pipeline",
+        "tp1 zero2",
+        ["tp1 zero3", "tp2+megatron zero2"],
+        ["tp2 zero3", "tp1 zero2"],
+        arguments=EVALUATED,
+    ),
+    skipping_case(
+        "interleaved",
+        "tp1 zero3",
+        *(["tp1 zero3"], ["tp2 zero3"], ["tp2+megatron zero2"], ["tp1 zero3"]),
+        virtual=2,
+    ),
+)
+SKIPPING_ON = (
+    (2, "tp1 zero1", [["tp1 zero1", "tp2 zero1"], ["tp2+megatron zero1", "tp1 zero1"]], DEEPSPEED),
+    (5, "tp2 zero3", [["tp2 zero3", "tp4 zero3", "tp2+megatron zero3", "tp2 zero3"]], {"pp": 1}),
+    (7, "tp1 zero2", [["tp1 zero2"], ["tp2 zero2"], ["tp2+megatron zero2"], ["tp1 zero2"]], {"virtual": 2}),
+    (8, "tp1", [["tp2"], ["tp1", "tp2+megatron", "tp1"]], {}),
+)
+"""The same as jobs that go on one from another: last step, base, stages, options. All steps of the first are
+skipped, and in the others the loss scale moves by what it counted in those before. Every job has as many
+micro-batches: by their number losses are divided, and with them what overflows inside a backward pass."""
