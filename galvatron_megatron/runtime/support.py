@@ -169,7 +169,7 @@ def check_given(plan: Plan, args: Any) -> None:
         raise UnsupportedPlanError(
             f"--overlap-param-gather: the plan's base has zero {plan.base.zero}, and Megatron gathers ahead "
             "for its distributed optimizer alone; valid: leave it out (ZeRO 3 gathers ahead anyway), or zero 1 "
-            "in the base"
+            "in the base (--use-distributed-optimizer)"
         )
     if is_left_to_megatron(plan, args):
         return

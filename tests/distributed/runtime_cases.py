@@ -86,6 +86,7 @@ MODELS = {
     "tied": {"arguments": TIED},
     "hybrid-grouped": {"arguments": {**GROUPED, "qk-layernorm": None}, "pattern": "*-*-"},
     "unclipped": {"arguments": {**MODERN, "clip-grad": 0.0}},
+    "decayed": {"arguments": {**MODERN, "lr": 1e-2, "lr-decay-style": "linear", "lr-decay-iters": 8}},
     "token-loss": {"arguments": {**MODERN, "calculate-per-token-loss": True}},
     "hybrid": {"arguments": MODERN, "pattern": "*-*-"},
     "bf16": {"arguments": {**MODERN, "bf16": True}},
@@ -173,6 +174,12 @@ FEATURES = (
         arguments={"overlap-grad-reduce": True, "overlap-param-gather": True, **EVALUATION},
     ),
     case("unclipped", "unclipped", "tp2", MIXED),
+    case(
+        "decayed",
+        "decayed",
+        "tp2 zero1",
+        ["tp1 zero3", "tp2+megatron zero2 offload-optimizer", "tp4 zero1", "tp2"],
+    ),
     case("token-loss", "token-loss", "tp1", MIXED),
     case(
         "bucketed",
