@@ -62,7 +62,7 @@ def profile_over(rate: str, folder: Path, tps: list[int]) -> Profile:
             }
         )
     )
-    worker = [sys.executable, "-m", "galvatron_megatron.commands.profile_worker", str(request)]
+    worker = [sys.executable, str(Path(__file__).with_name("short_profile_worker.py")), str(request)]
     done = subprocess.run(
         ["bash", str(ROOT / "launch" / "two_nodes.sh"), rate, "2", *worker],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""},
