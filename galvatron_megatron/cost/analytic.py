@@ -248,7 +248,8 @@ class AnalyticCostModel:
         whole = self.whole_parameters(layer, counts.parameters, strategy)
         modules = self._gathered(counts, strategy, norms=not whole)
         at_use = layer_at_use(strategy, len(self.model.layers), pp, modules)
-        partial = _partial_gradients(counts, strategy)
+        heads = layer.attention.head_norm_parameter_count(self.model.normalization) if layer.attention else 0
+        partial = _partial_gradients(counts, strategy, heads)
         return self._price(
             counts,
             strategy,
@@ -447,7 +448,9 @@ class AnalyticCostModel:
         return seconds
 
 
-def _partial_gradients(counts: LayerCounts, strategy: Strategy) -> int:
-    """Parameters that every tp rank has whole but applies to its own slice of the sequence."""
+def _partial_gradients(counts: LayerCounts, strategy: Strategy, head_norms: int = 0) -> int:
+    """Parameters that every tp rank has whole but applies to its slice of the sequence, or its heads."""
+    if strategy.weight_shards == 1:
+        return 0
     split = strategy.sequence_parallel is SequenceParallel.MEGATRON
-    return counts.parameters_replicated if split else 0
+    return counts.parameters_replicated if split else head_norms

@@ -53,7 +53,13 @@ class Attention:
         query, key_value = self.heads * self.head_dim, 2 * self.query_groups * self.head_dim
         count = hidden_size * (query + key_value) + query * hidden_size
         count += (query + key_value) * self.qkv_bias + hidden_size * self.output_bias
-        return count + 2 * norm_parameter_count(self.head_dim, normalization) * self.qk_layernorm
+        return count + self.head_norm_parameter_count(normalization)
+
+    def head_norm_parameter_count(self, normalization: str) -> int:
+        """Parameters of the norms over the features of a head, which tp ranks all have and apply to theirs."""
+        if self.is_latent or not self.qk_layernorm:
+            return 0
+        return 2 * norm_parameter_count(self.head_dim, normalization)
 
     def _latent_parameter_count(self, hidden_size: int, normalization: str) -> int:
         query = self.heads * (self.qk_head_dim + self.qk_rope_head_dim)

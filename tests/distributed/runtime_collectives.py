@@ -5,6 +5,7 @@ Recorded where all of them pass, in the methods of process groups, whoever asks 
 
 import sys
 from collections.abc import Callable
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,19 @@ STATES = (
     "/galvatron_megatron/runtime/",
 )
 """Code whose collectives are of states; the code nearest to a collective tells."""
-STATISTICS = ("get_grad_norm_fp32", "count_zeros_fp32", "prepare_grads", "logical_and_across_model_parallel_group")
+STATISTICS = (
+    "get_grad_norm_fp32",
+    "count_zeros_fp32",
+    "prepare_grads",
+    "logical_and_across_model_parallel_group",
+)
 """Functions that exchange single numbers between reduction and update: norm, zeros, overflow."""
 NUMBERS = "numbers"
 
-Recorded = dict[tuple[str, str, tuple[int, ...]], list[int]]
-"""(when, kind, ranks) -> [number, bytes]; of a gather the output, of a reduction the input."""
+Key = tuple[str, str, tuple[int, ...]]
+"""When, kind, ranks."""
+Recorded = dict[Key, list[int]]
+"""Number and bytes; of a gather the output, of a reduction the input."""
 
 
 def record_collectives(found: list[Recorded]) -> Callable[[], None]:
@@ -109,8 +117,9 @@ def record_collectives(found: list[Recorded]) -> Callable[[], None]:
     return undo
 
 
-def priced(args: Any, plan: Plan, late: dict[str, Any]) -> Recorded:
-    """What the cost model charges this rank for in a step.
+def priced(args: Any, plan: Plan, late: dict[str, Any]) -> dict[Key, list[float]]:
+    """What the cost model charges this rank for in a step: messages of layers, of the ends, all bytes,
+    and how many messages these were if no two parts shared one.
 
     Args:
         args: Megatron's, before its validation.
@@ -120,28 +129,33 @@ def priced(args: Any, plan: Plan, late: dict[str, Any]) -> Recorded:
     costs = AnalyticCostModel(job_model(args, {}), read_cluster(CLUSTER), run_options(vars(args) | late))
     setting, rank = Setting.of(plan), dist.get_rank()
     stage = rank // plan.base.ranks
-    parts, number = [], 0
+    layers, ends, number = [], [], 0
     for place, chunk in enumerate(plan.stages):
         for layer in chunk.layers:
             if place % plan.pp == stage:
-                parts.append(costs.priced_layer(number, layer.strategy, setting))
+                layers.append(costs.priced_layer(number, layer.strategy, setting))
             number += 1
     if stage == 0:
-        parts.append(costs.priced_embedding(setting))
+        ends.append(costs.priced_embedding(setting))
     if stage == plan.pp - 1:
-        parts.append(costs.priced_head(setting))
-    found: Recorded = {}
-    entries = [entry for part in parts for entry in part.collectives]
+        ends.append(costs.priced_head(setting))
+    found: dict[Key, list[float]] = {}
+    entries = [(0, entry) for part in layers for entry in part.collectives]
+    entries += [(1, entry) for part in ends for entry in part.collectives]
     if stage == 0 and plan.pp > 1:
         # What two stages send is priced with the last one.
-        entries += [e for e in costs.priced_head(setting).collectives if e.stride >= plan.base.ranks]
-    for entry in entries:
+        head = costs.priced_head(setting).collectives
+        entries += [(1, entry) for entry in head if entry.stride >= plan.base.ranks]
+    for whose, entry in entries:
         first = rank - rank // entry.stride % entry.ranks * entry.stride
         ranks = tuple(range(first, first + entry.ranks * entry.stride, entry.stride))
         times = plan.micro_batches if is_sent_every_micro_batch(entry.when) else 1
-        total = found.setdefault((entry.when, entry.kind, ranks), [0, 0])
-        total[0] += times * entry.count
-        total[1] += times * entry.count * entry.bytes
+        total = found.setdefault((entry.when, entry.kind, ranks), [0, 0, 0, 0])
+        total[whose] += times * entry.count
+        total[2] += times * entry.count * entry.bytes
+        # DeepSpeed gathers matrices and vectors of a class apart, and shards apart what two stages share.
+        apart = 2 if entry.when == UPDATE or whose else 1
+        total[3] += times * apart * max(1, ceil(entry.count))
     return found
 
 

@@ -36,6 +36,7 @@ from megatron.training.argument_utils import (
 from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
 from runtime_cases import CLIP
+from runtime_collectives import priced, record_collectives
 from runtime_communicators import created_again, record_communicators
 from runtime_memory import measure_at_norm, predicted
 from runtime_mutations import MUTATIONS
@@ -380,6 +381,8 @@ def run_case(case: dict) -> dict:
     late = case.get("late_arguments", {})
     if case.get("measure"):
         seen["predicted"] = predicted(args, plan, late)
+    if case.get("collectives"):
+        seen["priced"] = priced(args, plan, late)
     validate_args(args, {})
     for name, value in late.items():
         setattr(args, name, value)
@@ -397,6 +400,10 @@ def run_case(case: dict) -> dict:
         seen["exchanges"] = []
         undone.append(watch_resharding(seen["exchanges"], models))
 
+    if case.get("collectives"):
+        seen["sent"] = []
+        undone.append(record_collectives(seen["sent"]))
+
     def setup(*arguments_, **options):
         model, optimizer, scheduler = real_setup(*arguments_, **options)
         if args.iteration == 0 and not case.get("keep_weights"):
@@ -410,6 +417,8 @@ def run_case(case: dict) -> dict:
         return model, optimizer, scheduler
 
     def step(*arguments_, **options):
+        if case.get("collectives"):
+            seen["sent"].append({})
         result = real_step(*arguments_, **options)
         if result[0]:
             seen["losses"].append(float(result[0]["lm loss"]))

@@ -212,6 +212,22 @@ def zero_nothing_whole():
     return _replace(zero_optimizer, "_whole_vectors", lambda *_: [])
 
 
+def zero_nothing_whole():
+    """Small vectors are gathered in every pass."""
+    return _replace(zero_optimizer, "_whole_vectors", lambda *_: [])
+
+
+def zero_sums_apart():
+    """Partial gradients are summed one by one."""
+    add = ZeroPart._sum
+
+    def mistaken(self, group, parameters):
+        for parameter in [id(p) for p in self.parameters if id(p) in parameters]:
+            add(self, group, {parameter})
+
+    return _replace(ZeroPart, "_sum", mistaken)
+
+
 def late_gathers():
     """Parameters gathered when a layer needs them."""
     return _replace(data_parallel, "_gather_ahead", lambda module, parts: None)
@@ -247,6 +263,8 @@ MUTATIONS = {
         zero_stale,
         zero_duplicates_counted,
         zero_lowered,
+        zero_nothing_whole,
+        zero_sums_apart,
         one_rank_overflows,
         last_stage_overflows,
     )

@@ -3,7 +3,7 @@
 import numpy as np
 from runtime_cases import EVERY, LONG, MODELS, reference
 
-_references = {}
+_references, _trained = {}, {}
 
 
 def train(rank, world_size, case):
@@ -14,6 +14,14 @@ def train(rank, world_size, case):
     if rank:
         del seen["weights"]
     return seen
+
+
+def trained_once(ranks, case):
+    """What every rank saw of a case on four ranks, which is run once for all tests that look at it."""
+    key = repr(case)
+    if key not in _trained:
+        _trained[key] = ranks(4).run(train, case)
+    return _trained[key]
 
 
 def references(ranks):
