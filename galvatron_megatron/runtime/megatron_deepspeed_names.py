@@ -98,6 +98,22 @@ class MegatronDeepSpeedNames:
         """Numbers of the modules behind the layers: norm and head."""
         return range(self.last_layer + 1, self.last_layer + 3)
 
+    def warning(self) -> str | None:
+        """What of the job that saved it Megatron-core does otherwise; None where nothing is known.
+
+        Since the commit that brought the argument named above, its rotary embedding gives out cosines and
+        sines, which its attention without sequence parallelism takes for the angles of queries and of keys.
+        """
+        fields = fields_of(self.arguments())
+        turned = fields.get("use_rotary_position_embeddings") and _IN_BLOCKS_SINCE in fields
+        apart = fields.get(_IN_BLOCKS_SINCE) or (fields.get("ds_sequence_parallel_size") or 1) > 1
+        if not turned or apart:
+            return None
+        return (
+            "since December 2024 Megatron-DeepSpeed turns queries and keys by other angles than Megatron-core "
+            "(--use-rotary-position-embeddings): the loss jumps unless its source was mended"
+        )
+
     def in_order(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor with its rows in Megatron-core's order.
 
@@ -110,8 +126,7 @@ class MegatronDeepSpeedNames:
         """
         if f".{_QKV}" not in name or f"{_QKV}layer_norm" in name:
             return tensor
-        arguments = self.arguments()
-        fields = vars(arguments) if hasattr(arguments, "__dict__") else {}
+        fields = fields_of(self.arguments())
         if not isinstance(fields.get("num_attention_heads"), int):
             raise PlanError(
                 f"universal checkpoint: {name}: the order of Megatron-DeepSpeed's queries, keys and values is "
@@ -135,3 +150,8 @@ class MegatronDeepSpeedNames:
         rest = tensor.shape[1:]
         by_head = tensor.reshape(splits, 3, heads // splits, -1, *rest).transpose(1, 2)
         return by_head.reshape(tensor.shape)
+
+
+def fields_of(found: Any) -> dict[str, Any]:
+    """Fields of an object that was read, as itself or as a stand-in; empty for what has none."""
+    return vars(found) if hasattr(found, "__dict__") else {}

@@ -4,6 +4,7 @@ Parameters are found by their names in Megatron's distributed checkpoint, whose 
 each belongs on this rank.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, wraps
@@ -43,6 +44,8 @@ class Progress:
     """That the schedule of its learning rate had counted; None where the checkpoint does not say."""
     loss_scale: LossScale | None
     """State of its dynamic loss scaler, where it had one."""
+    warning: str | None
+    """What it did otherwise than this job will, as far as known."""
 
 
 def reading_universal(original: Callable[..., tuple], directory: str | Path, args: Any) -> Callable[..., tuple]:
@@ -72,6 +75,8 @@ def reading_universal(original: Callable[..., tuple], directory: str | Path, arg
                 f"behind iteration {args.iteration} and sample {args.consumed_train_samples}",
                 flush=True,
             )
+            if found.warning is not None:
+                print(f"galvatron: warning: {found.warning}", file=sys.stderr, flush=True)
         return model, optimizer, scheduler
 
     return build
@@ -172,6 +177,7 @@ def _read(directory: str | Path, state: dict[str, Any], vocabulary: Vocabulary) 
         samples=files.samples(),
         scheduled_samples=files.scheduled_samples(),
         loss_scale=files.loss_scale(),
+        warning=files.warning(),
     )
     used: set[str] = set()
     _fill(state, _reader(files, used, vocabulary))

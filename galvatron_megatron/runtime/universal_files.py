@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from galvatron_megatron.errors import PlanError
-from galvatron_megatron.runtime.megatron_deepspeed_names import MegatronDeepSpeedNames
+from galvatron_megatron.runtime.megatron_deepspeed_names import MegatronDeepSpeedNames, fields_of
 
 LATEST = "latest_universal"
 _FILES = {"param": "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -151,6 +151,10 @@ class UniversalCheckpoint:
             )
         return flat.view(shape)
 
+    def warning(self) -> str | None:
+        """What the job that saved it did otherwise than this one will; None where nothing is known."""
+        return None if self._foreign is None else self._foreign.warning()
+
     @property
     def tensor_parallel(self) -> int:
         """Degree of the job that saved it; 1 where nothing says."""
@@ -193,7 +197,7 @@ class UniversalCheckpoint:
 
     def samples(self) -> int | None:
         """Samples that the job had trained on: its own count, or the engine's; None without both."""
-        found = _fields(self._header.get("args")).get("consumed_train_samples")
+        found = fields_of(self._header.get("args")).get("consumed_train_samples")
         found = found or self._header.get("global_samples")
         return _count(found, self.folder.parent) if found else None
 
@@ -225,7 +229,7 @@ class UniversalCheckpoint:
         """
         path = self.folder / "optimizer_state.pt"
         kept = _load(path, inert=True) if path.is_file() else None
-        fields = _fields(kept.get("loss_scaler") if isinstance(kept, dict) else None)
+        fields = fields_of(kept.get("loss_scaler") if isinstance(kept, dict) else None)
         if "scale_window" not in fields:
             return None
         names = ("cur_iter", "last_overflow_iter", "scale_window", "cur_hysteresis")
@@ -277,11 +281,6 @@ def _load(path: Path, *, inert: bool = False) -> Any:
             f"universal checkpoint: {path} cannot be read as data ({_reason(error)}); valid: tensors and "
             "numbers"
         ) from error
-
-
-def _fields(found: Any) -> dict[str, Any]:
-    """Fields of an object that was read, inert or of a class that torch is told to trust; empty for others."""
-    return vars(found) if hasattr(found, "__dict__") else {}
 
 
 def _reason(error: Exception) -> str:

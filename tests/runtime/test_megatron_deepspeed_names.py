@@ -130,3 +130,26 @@ def test_an_order_that_nothing_tells_is_refused(arguments, message):
     with pytest.raises(PlanError, match=message) as caught:
         names_of(FLAT, **arguments).in_order(QKV, by_head())
     assert "; valid: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "warns"),
+    [
+        ({}, False),
+        ({"use_rotary_position_embeddings": True}, False),
+        ({"use_rotary_position_embeddings": True, "ds_sequence_parallel_fpdt": False}, True),
+        ({"use_rotary_position_embeddings": False, "ds_sequence_parallel_fpdt": False}, False),
+        ({"use_rotary_position_embeddings": True, "ds_sequence_parallel_fpdt": True}, False),
+        (
+            {
+                "use_rotary_position_embeddings": True,
+                "ds_sequence_parallel_fpdt": False,
+                "ds_sequence_parallel_size": 2,
+            },
+            False,
+        ),
+    ],
+)
+def test_other_rotations_are_told(arguments, warns):
+    found = names_of(FLAT, **arguments).warning()
+    assert (found is not None and "other angles" in found) is warns
