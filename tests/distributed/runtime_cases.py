@@ -94,14 +94,13 @@ MODELS = {
         "arguments": {
             **MODERN,
             "fp16": True,
-            "initial-loss-scale": 2**24,
+            "initial-loss-scale": 2**19,
             "loss-scale-window": 4,
-            "train-iters": LONG,
         }
     },
 }
 
-RESUMED = ("modern", "bf16", "fp16", "hybrid", "experts", "mamba", "latent")
+RESUMED = ("modern", "bf16", "hybrid", "experts", "mamba", "latent")
 """Models of jobs that stop halfway, or that are as long as those."""
 
 LAYOUTS = ("tp1", "tp2", "tp2+megatron", "tp4", "tp4+megatron")

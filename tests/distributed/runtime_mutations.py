@@ -169,23 +169,6 @@ def zero_lowered():
     return _replace(engines.ShardedStatesEngine, "__init__", mistaken)
 
 
-def one_rank_overflows():
-    """No mistake: in the last step the gradient of one rank alone is infinite."""
-    prepare = PlannedOptimizer.prepare_grads
-    calls = 0
-
-    def poisoned(self):
-        nonlocal calls
-        calls += 1
-        if calls == get_args().train_iters and torch.distributed.get_rank() == 1:
-            parts = [part for chunk in self.model_chunks for part in chunk.parts.values()]
-            engine = next(part.engines[0] for part in parts if isinstance(part, ZeroPart) and part.engines)
-            engine.gradient(0)[0] = torch.inf
-        return prepare(self)
-
-    return _replace(PlannedOptimizer, "prepare_grads", poisoned)
-
-
 def last_stage_overflows():
     """No mistake: in the fifth step a gradient of the last pipeline stage is infinite.
 
@@ -205,11 +188,6 @@ def last_stage_overflows():
             engines[0].gradient(0)[0] = torch.inf
 
     return _replace(training, "finalize_model_grads", poisoned)
-
-
-def zero_nothing_whole():
-    """Small vectors are gathered in every pass."""
-    return _replace(zero_optimizer, "_whole_vectors", lambda *_: [])
 
 
 def zero_nothing_whole():
@@ -265,7 +243,6 @@ MUTATIONS = {
         zero_lowered,
         zero_nothing_whole,
         zero_sums_apart,
-        one_rank_overflows,
         last_stage_overflows,
     )
 }
