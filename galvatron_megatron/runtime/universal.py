@@ -217,7 +217,7 @@ def _reader(
             # Flat, as ZeRO 3 leaves it, and no file of the engine says its shape.
             length = prod(shape[1:])
             found = found.reshape(-1, *shape[1:]) if found.numel() % length == 0 else found
-        if entry.allow_shape_mismatch and found.shape[1:] == torch.Size(shape[1:]):
+        if entry.allow_shape_mismatch and found.shape[1:] == torch.Size(shape[1:]) and len(found) != shape[0]:
             vocabulary.check(len(found), f"universal checkpoint: {name}", source.tensor_parallel)
             found = _padded(found, shape[0])
         if tuple(found.shape) != tuple(shape):
