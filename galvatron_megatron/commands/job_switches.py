@@ -31,7 +31,7 @@ def add_switches(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--zero-backend",
         choices=ZERO_BACKENDS,
-        help=f"who runs ZeRO 1, as --galvatron-zero-backend of a job (default: {ZERO_BACKENDS[0]})",
+        help="who shards, as --galvatron-zero-backend of a job (default: megatron ZeRO 1, deepspeed the rest)",
     )
 
 

@@ -214,7 +214,8 @@ def _max_zero(arguments: argparse.Namespace) -> int:
     """The highest ZeRO stage: as asked, else the highest that the plans asked for can be trained with."""
     if arguments.max_zero is not None:
         return arguments.max_zero
-    return HIGHEST_STOCK_ZERO if arguments.uniform else HIGHEST_ZERO
+    by_megatron = arguments.uniform or arguments.zero_backend == "megatron"
+    return HIGHEST_STOCK_ZERO if by_megatron else HIGHEST_ZERO
 
 
 def _check_targets(arguments: argparse.Namespace) -> None:
@@ -261,6 +262,7 @@ def _job(arguments: argparse.Namespace) -> JobLine | None:
         raise SearchError("--global-batch-size: missing; a plan is made for a batch; valid: an integer >= 1")
     arguments.global_batch_size = str(job.constraints.global_batch_size)
     arguments.uniform = arguments.uniform or job.flags.uniform
+    arguments.zero_backend = job.flags.zero_backend
     arguments.offload = arguments.offload or _asked(job.flags.offload)
     arguments.memory_gb = job.flags.memory_gb if arguments.memory_gb is None else arguments.memory_gb
     arguments.profile_dir = arguments.profile_dir or job.flags.profile_directory
@@ -370,6 +372,11 @@ def _offload(arguments: argparse.Namespace, constraints: Constraints) -> Offload
     if arguments.galvatron_profile is not None:
         raise SearchError(
             "--offload: Hetu-Galvatron's profiles hold no price of it; valid: one of the two flags"
+        )
+    if arguments.zero_backend == "megatron":
+        raise SearchError(
+            f"--offload {arguments.offload}: beside --zero-backend megatron, and DeepSpeed does it; valid: one "
+            "of the two flags"
         )
     highest = _max_zero(arguments) if constraints.zero is None else constraints.zero
     if arguments.offload == Offload.PARAMETERS and highest < 3:

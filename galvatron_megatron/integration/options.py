@@ -80,9 +80,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--galvatron-zero-backend",
         metavar="NAME",
-        default=ZERO_BACKENDS[0],
-        help="Who shards optimizer states alone (ZeRO 1): megatron (default), or deepspeed, which shards "
-        "gradients and parameters (ZeRO 2 and 3) in any case.",
+        help="Who shards: deepspeed, all of it; megatron, optimizer states alone (ZeRO 1), so that nothing "
+        "else is planned or accepted. Default: megatron ZeRO 1, deepspeed 2, 3 and what lies in host memory.",
     )
     group.add_argument(
         "--galvatron-device",
@@ -137,6 +136,8 @@ class Options:
     """DeepSpeed's universal checkpoint from which the job goes on."""
     device: str = "cuda"
     ignore_gpus: bool = False
+    zero_backend: str | None = None
+    """Who shards; None leaves it to the plan."""
 
     @property
     def plans(self) -> bool:
@@ -158,10 +159,10 @@ class Options:
                 f"--galvatron-device: {args.galvatron_device!r} is unknown; "
                 f"{did_you_mean(args.galvatron_device, DEVICES)}"
             )
-        if args.galvatron_zero_backend not in ZERO_BACKENDS:
+        backend = args.galvatron_zero_backend
+        if backend is not None and backend not in ZERO_BACKENDS:
             raise GalvatronError(
-                f"--galvatron-zero-backend: {args.galvatron_zero_backend!r} is unknown; "
-                f"{did_you_mean(args.galvatron_zero_backend, ZERO_BACKENDS)}"
+                f"--galvatron-zero-backend: {backend!r} is unknown; {did_you_mean(backend, ZERO_BACKENDS)}"
             )
         offload = args.galvatron_offload
         if offload is not None and offload not in list(Offload):
@@ -183,6 +184,7 @@ class Options:
             load_universal=_path("load-universal", args.galvatron_load_universal),
             device=args.galvatron_device,
             ignore_gpus=args.galvatron_ignore_gpus,
+            zero_backend=backend,
         )
         if options.auto and options.plan_file is not None:
             raise GalvatronError("--galvatron-plan and --galvatron-auto: both given; valid: one of them")
@@ -228,15 +230,20 @@ def _check_used(args: Namespace, options: Options) -> None:
             raise GalvatronError(
                 f"{FLAG_PREFIX}{name.replace('_', '-')}: {why}; valid: with --galvatron-auto{also}"
             )
-    if args.galvatron_zero_backend != ZERO_BACKENDS[0] and not options.plans:
+    if options.zero_backend is not None and not options.plans:
         raise GalvatronError(
-            f"--galvatron-zero-backend {args.galvatron_zero_backend}: nothing is planned; "
+            f"--galvatron-zero-backend {options.zero_backend}: nothing is planned; "
             "valid: with --galvatron-auto or --galvatron-plan"
         )
-    if args.galvatron_zero_backend != ZERO_BACKENDS[0] and options.uniform:
+    if options.zero_backend == "deepspeed" and options.uniform:
         raise GalvatronError(
-            f"--galvatron-zero-backend {args.galvatron_zero_backend}: beside --galvatron-uniform, whose plans "
-            "Megatron's own code runs; valid: one of them"
+            "--galvatron-zero-backend deepspeed: beside --galvatron-uniform, whose plans Megatron's own code "
+            "runs; valid: one of them"
+        )
+    if options.zero_backend == "megatron" and options.offload is not Offload.NONE:
+        raise GalvatronError(
+            f"--galvatron-zero-backend megatron: beside --galvatron-offload {options.offload.value}, which "
+            "DeepSpeed does; valid: one of them"
         )
     if options.load_universal is not None:
         for name, reason in _BESIDE_UNIVERSAL:

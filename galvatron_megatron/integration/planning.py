@@ -214,9 +214,13 @@ class JobPlanner:
 
     def _max_zero(self) -> int:
         """The highest ZeRO stage that this job could train with."""
-        if self.options.uniform or find_spec("deepspeed") is None:
-            return HIGHEST_STOCK_ZERO
-        return HIGHEST_ZERO
+        return HIGHEST_STOCK_ZERO if self.options.uniform or self._without_deepspeed() else HIGHEST_ZERO
+
+    def _without_deepspeed(self) -> str:
+        """Why DeepSpeed shards nothing, or ""."""
+        if self.options.zero_backend == "megatron":
+            return "as --galvatron-zero-backend megatron asks for"
+        return "deepspeed is not installed" if find_spec("deepspeed") is None else ""
 
     # What is kept.
 
@@ -322,8 +326,8 @@ class JobPlanner:
             memory_bytes=math.floor(cluster.memory_bytes),
         )
         left_out: tuple[str, ...] = ()
-        if request.max_zero < HIGHEST_ZERO and not self.options.uniform:
-            left_out = ("only ZeRO 0 and 1: deepspeed is not installed",)
+        if not self.options.uniform and (why := self._without_deepspeed()):
+            left_out = (f"only ZeRO 0 and 1: {why}",)
         result, note = _searched(request, costs, left_out)
         # What the runtime refuses is left out: what DeepSpeed would do first, then layers that differ.
         on_device = {"offloads": (Offload.NONE,)}

@@ -175,6 +175,11 @@ def check_given(plan: Plan, args: Any) -> None:
         return
     if problem := execution_problem(plan):
         raise UnsupportedPlanError(problem)
+    if getattr(args, "galvatron_zero_backend", None) == "megatron" and uses_deepspeed(plan, args):
+        raise UnsupportedPlanError(
+            "--galvatron-zero-backend: megatron, and the plan has zero 2, 3 or states in host memory, which "
+            "DeepSpeed alone keeps; valid: deepspeed, leave it out, or a plan of zero 0 and 1 on the device"
+        )
     _check_arguments(plan, args)
 
 
@@ -214,7 +219,7 @@ def _check_deepspeed(plan: Plan, args: Any) -> None:
     if find_spec("deepspeed") is None:
         raise UnsupportedPlanError(
             "plan: has layers that DeepSpeed shards, and deepspeed is not installed; "
-            "valid: pip install deepspeed, or zero 0 or 1 by --galvatron-zero-backend megatron"
+            "valid: pip install deepspeed, or zero 0 or 1 by Megatron"
         )
     if zero_backend(args) == "deepspeed" and any(layer.kind.has_experts for layer in plan.layers):
         raise UnsupportedPlanError(

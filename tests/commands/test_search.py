@@ -167,3 +167,13 @@ def test_a_model_too_large_for_the_devices_fits_with_host_memory(capsys, tmp_pat
     assert "--offload parameters: needs ZeRO 3" in capsys.readouterr().err
     assert main([*words, "--cluster", "l4", "--offload", "optimizer"]) == 2
     assert "cluster l4: no host" in capsys.readouterr().err
+
+
+def test_what_megatron_is_to_shard_alone_is_searched_so(capsys):
+    words = [*SMALL[:-2], "--pp", "1", "--tp", "1", "--memory-gb", "3", "--zero-backend"]
+    assert main([*words, "deepspeed"]) == 0
+    assert "zero3" in capsys.readouterr().out
+    assert main([*words, "megatron"]) == 2
+    assert "nothing fits" in (told := capsys.readouterr().err) and "zero1" in told
+    assert main([*words, "megatron", "--offload", "optimizer"]) == 2
+    assert "beside --zero-backend megatron" in capsys.readouterr().err

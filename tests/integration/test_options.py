@@ -60,6 +60,12 @@ def test_flags_are_read(tmp_path):
             ["--galvatron-auto", "--galvatron-uniform", "--galvatron-zero-backend", "deepspeed"],
             r"--galvatron-zero-backend deepspeed: beside --galvatron-uniform.*; valid: one of them",
         ),
+        (["--galvatron-zero-backend", "megatron"], r"-zero-backend megatron: nothing is planned"),
+        (["--galvatron-plan", "p", "--galvatron-zero-backend", "apex"], r"-zero-backend: 'apex' is unknown"),
+        (
+            ["--galvatron-auto", "--galvatron-offload", "optimizer", "--galvatron-zero-backend", "megatron"],
+            r"-zero-backend megatron: beside --galvatron-offload optimizer.*; valid: one of them",
+        ),
         (["--galvatron-plan-only"], r"--galvatron-plan-only: nothing is planned; valid: with --galvatron-auto"),
         (["--galvatron-profile-dir", "/p"], r"--galvatron-profile-dir: nothing is planned"),
         (["--galvatron-auto", "--galvatron-report", "/no/where/r.json"], r"directory /no/where does not exist"),

@@ -37,9 +37,10 @@ for line, plan_file, changes in json.loads(sys.argv[1]):
 highest = [planner._max_zero()]
 planning.find_spec = lambda name: None
 highest.append(planner._max_zero())
-planner.options = Options(uniform=True)
 planning.find_spec = importlib.util.find_spec
-highest.append(planner._max_zero())
+for options in (Options(uniform=True), Options(zero_backend="megatron"), Options(zero_backend="deepspeed")):
+    planner.options = options
+    highest.append(planner._max_zero())
 
 # Device memory for ZeRO 2 and 3 alone, which the runtime may refuse.
 planner.options = Options()
@@ -111,7 +112,7 @@ def test_a_plan_file_may_share_out_experts(answers: list) -> None:
 
 
 def test_zero_2_and_3_need_deepspeed_and_layers_of_their_own(answers: list) -> None:
-    assert answers[-3] == [3, 1, 1]
+    assert answers[-3] == [3, 1, 1, 1, 3]
 
 
 def test_sharded_states_that_alone_fit_are_planned_and_a_refusal_of_theirs_is_named(answers: list) -> None:

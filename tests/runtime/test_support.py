@@ -8,7 +8,7 @@ import pytest
 from galvatron_megatron.errors import UnsupportedPlanError
 from galvatron_megatron.plan.layer_kind import LayerKind
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
-from galvatron_megatron.plan.strategy import SequenceParallel, Strategy
+from galvatron_megatron.plan.strategy import Offload, SequenceParallel, Strategy
 from galvatron_megatron.runtime import support
 from galvatron_megatron.runtime.support import check_given, check_stage, check_supported
 from galvatron_megatron.runtime.zero import is_left_to_megatron
@@ -217,6 +217,18 @@ def test_who_runs_stage_1_can_be_chosen():
     check_supported(uniform, arguments(**chosen))
     with pytest.raises(UnsupportedPlanError, match="valid: megatron, deepspeed"):
         check_supported(uniform, arguments(galvatron_zero_backend="apex"))
+
+
+def test_what_megatron_is_asked_to_run_and_deepspeed_alone_does_is_refused():
+    sharded, offloaded = replace(ONE, zero=2), replace(TWO, zero=1, offload=Offload.OPTIMIZER)
+    for strategy in (sharded, offloaded):
+        check_given(plan(ONE, strategy), arguments(galvatron_zero_backend=None))
+        check_given(plan(ONE, strategy), arguments(galvatron_zero_backend="deepspeed"))
+        with pytest.raises(
+            UnsupportedPlanError, match="backend: megatron, and the plan has zero 2, 3 or states"
+        ):
+            check_given(plan(ONE, strategy), arguments(galvatron_zero_backend="megatron"))
+    check_given(plan(ONE, replace(TWO, zero=1)), arguments(galvatron_zero_backend="megatron"))
 
 
 def test_scans_are_shared_out_by_heads_and_groups():
