@@ -20,6 +20,7 @@ _SAFETY = 1e-12
 _KEPT = 4
 _GOLDEN = (5**0.5 - 1) / 2
 _SECTIONS = 60
+_NEAR = 1e-3
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -184,7 +185,7 @@ def _highest_of_all(
         else:
             low, inner = inner[2], outer
             outer = at(low + (high - low) * _GOLDEN)
-        if high - low <= 1e-6 * high:
+        if high - low <= _NEAR * high:
             break
     return max((best, inner, outer), key=lambda entry: entry[-1])
 

@@ -94,6 +94,7 @@ class _Run:
         """Uniform points that are not the best one, with bounds of their seconds per sample."""
         self.open_bound = 0.0
         self.interrupted = False
+        self.started = time.perf_counter()
         self.points = sum(len(b.bases) * len(b.virtual_stages) for b in self.branches)
         self.done = self.solved = 0
 
@@ -136,6 +137,13 @@ class _Run:
         bound = min(self.open_bound, self.unproven())
         return 1.0 if self.best is None else max(0.0, 1 - bound / self.best[0])
 
+    def is_late(self) -> bool:
+        """Whether there is an answer and no more time."""
+        most = self.request.most_seconds
+        late = most is not None and self.best is not None and time.perf_counter() - self.started > most
+        self.interrupted |= late
+        return late
+
     def unproven(self) -> float:
         """Seconds per sample that a plan takes at least where the search for one was cut short."""
         return min((self.per_sample(branch.unproven, branch) for branch in self.branches), default=np.inf)
@@ -151,6 +159,8 @@ class _Run:
         heapify(heap)
         while heap:
             if self.best_uniform is not None and heap[0][0] >= self.best_uniform[0]:
+                break
+            if self.is_late():
                 break
             bound, _, point, is_tight = heappop(heap)
             if not self.request.layerwise:
@@ -171,7 +181,8 @@ class _Run:
             else:
                 self.other_uniform.append((max(bound, self.per_sample(cutoff, branch)), point))
         self.other_uniform += [(bound, point) for bound, _, point, _ in heap]
-        self.open_bound = np.inf if not self.request.layerwise else 0.0
+        rest = heap[0][0] if heap and self.interrupted else np.inf
+        self.open_bound = rest if not self.request.layerwise else 0.0
 
     def layerwise(self) -> None:
         """Best plan of the whole space: a branch, then its numbers of virtual stages, then their base
@@ -186,6 +197,8 @@ class _Run:
             self.report(bound)
             if self.best is not None and bound >= self.best[0] * (1 - _TIE):
                 break
+            if self.is_late():
+                return  # the open bound stays
             cutoff = self.cutoff(branch, self.best)
             if virtual is None:
                 for number in branch.virtual_stages:
@@ -219,7 +232,7 @@ class _Run:
         enters with its best uniform plan.
         """
         wanted = self.request.runners_up
-        if self.best is None or not wanted:
+        if self.best is None or not wanted or self.interrupted:
             return
         ticket = count()
         heap = [(bound, next(ticket), point) for bound, point in self.other_uniform]

@@ -21,6 +21,7 @@ _FIRST_WINDOW = 0.0006
 _WIDENING = 2.0
 _SLACK = 1e-12
 _FEW = 16
+_BLOCK = 256
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -287,11 +288,7 @@ def _front(labels: np.ndarray, with_sync: bool) -> np.ndarray:
     if len(labels) > 4 and not with_sync:
         return _front(labels[[0, 4, 2, 3]], with_sync=True)  # in the place of sync, which only breaks ties
     if len(labels) > 4:
-        keep, host = np.zeros(labels.shape[1], dtype=bool), labels[4]
-        for level in np.unique(host):
-            inside = np.flatnonzero(host <= level)
-            keep[inside[_front(labels[:4, inside], with_sync) & (host[inside] == level)]] = True
-        return keep
+        return _front_of_many(labels)
     bytes_, transient, sync = labels[2], labels[3], labels[1]
     if not with_sync and transient.min() == transient.max():
         keep = np.ones(len(bytes_), dtype=bool)
@@ -309,6 +306,26 @@ def _front(labels: np.ndarray, with_sync: bool) -> np.ndarray:
             alive[1:] = values[1:] < np.minimum.accumulate(values)[:-1]
         keep[inside[alive & at_level]] = True
     return keep
+
+
+def _front_of_many(labels: np.ndarray) -> np.ndarray:
+    """Mask of undominated labels [k, n], block by block; what beats a label comes before it."""
+    keep = np.zeros(labels.shape[1], dtype=bool)
+    front = labels[:, :0]
+    for start in range(0, labels.shape[1], _BLOCK):
+        block = labels[:, start : start + _BLOCK]
+        beaten = _beats(front, block).any(0) | np.triu(_beats(block, block), 1).any(0)
+        keep[start : start + _BLOCK] = ~beaten
+        front = np.concatenate([front, block[:, ~beaten]], axis=1)
+    return keep
+
+
+def _beats(these: np.ndarray, those: np.ndarray) -> np.ndarray:
+    """[n, m] which of n labels [k, n] equal or beat which of m others in everything."""
+    found = np.ones((these.shape[1], those.shape[1]), dtype=bool)
+    for mine, theirs in zip(these, those, strict=True):
+        found &= mine[:, None] <= theirs[None, :]
+    return found
 
 
 def _staircase(first: np.ndarray, second: np.ndarray) -> np.ndarray:

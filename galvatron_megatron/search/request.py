@@ -58,6 +58,8 @@ class SearchRequest:
     one is chosen: below the uncertainty of the prediction, simple is better. 0 always takes the fastest."""
     names_nearest: bool = True
     """Where nothing fits, the error names the plan that comes nearest, which takes time."""
+    most_seconds: float | None = None
+    """Time after which the best plan so far is the answer, if there is one; None for as long as it takes."""
     runners_up: int = 5
     """How many competitors, of other outer decisions, to report."""
 
