@@ -107,7 +107,7 @@ _REFUSED_BY_DEEPSPEED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] =
         "ddp_reduce_scatter_with_fp32_accumulation",
         bool,
         "reductions of 16 bits that add in 32",
-        "--accumulate-allreduce-grads-in-fp32",
+        "leave it out (--accumulate-allreduce-grads-in-fp32 reduces in 32)",
     ),
     ("defer_embedding_wgrad_compute", bool, "late gradients of the embedding", "leave it out"),
 )
