@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -337,18 +338,16 @@ def test_a_rank_that_dies_ends_the_command_with_one_line(tmp_path):
     assert list_profiles(tmp_path)
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("stopped", [0, 1])
-def test_a_rank_that_hangs_ends_the_others_in_time_and_is_named(tmp_path, stopped):
-    # Rank 0 also serves the rendezvous store, which knows no time limit while it hangs.
-    process = start(tmp_path, ranks=2, options=("--rank-timeout", "4"))
+def hang(directory: Path, stopped: int) -> None:
+    """Stops one of two ranks for good and waits for the end of the command."""
+    process = start(directory, ranks=2, options=("--rank-timeout", "4"))
     deadline = time.monotonic() + 100
-    while not list_profiles(tmp_path) and process.poll() is None and time.monotonic() < deadline:
+    while not list_profiles(directory) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     ranks = children(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[stopped], signal.SIGSTOP)
-    kept = list_profiles(tmp_path)
+    kept = list_profiles(directory)
     began = time.monotonic()
     _, error = process.communicate(timeout=60)
     assert time.monotonic() - began < 4 + 3 + 5 + 10
@@ -359,11 +358,21 @@ def test_a_rank_that_hangs_ends_the_others_in_time_and_is_named(tmp_path, stoppe
     )
     assert "while measuring " in last and "at most 4 s" in last and "what was measured is kept" in last
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
-    (after,) = list_profiles(tmp_path)
+    (after,) = list_profiles(directory)
     assert {curve.key for profile in kept for curve in profile.collectives} <= {
         c.key for c in after.collectives
     }
-    assert after.speeds and not list(tmp_path.glob(".*.tmp"))
+    assert after.speeds and not list(directory.glob(".*.tmp"))
+
+
+@pytest.mark.distributed
+def test_a_rank_that_hangs_ends_the_others_in_time_and_is_named(tmp_path):
+    # Rank 0 also serves the rendezvous store, which knows no time limit while it hangs.
+    directories = [tmp_path / str(stopped) for stopped in range(2)]
+    for directory in directories:
+        directory.mkdir()
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(hang, directories, range(2)))
 
 
 def grown(directory: Path, seen: set) -> bool:
