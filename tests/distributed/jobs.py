@@ -16,7 +16,7 @@ SIZES = shlex.split(
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 "
     "--global-batch-size 8 --train-iters 10 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer "
     "--vocab-size 255 --log-interval 1 --eval-iters 0 --eval-interval 1000 --hidden-dropout 0 "
-    "--attention-dropout 0 --galvatron-device cpu"
+    "--attention-dropout 0 --num-workers 0 --galvatron-device cpu"
 )
 _ITERATION = re.compile(r"iteration +(\d+)/.*?lm loss: ([0-9.E+-]+)")
 
