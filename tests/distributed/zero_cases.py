@@ -176,6 +176,15 @@ HALF = (
         ["tp2 zero3 offload-parameters", "tp1", "tp4", "tp2"],
     ),
     case("bf16-2-3", "bf16", "tp1 zero2", ["tp1 zero2", "tp2 zero3", "tp4", "tp2+megatron zero2"]),
+    case(
+        "bf16-pipeline",
+        "bf16",
+        "tp1 zero3",
+        ["tp1 zero3", "tp2 zero2"],
+        ["tp2 zero3", "tp1 zero2"],
+        pp=2,
+        **FOUR,
+    ),
     case("fp16-2-3", "fp16", "tp4 zero2", ["tp4+megatron zero3", "tp1", "tp4+megatron zero2", "tp2 zero3"]),
 )
 
