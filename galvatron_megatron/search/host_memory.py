@@ -18,7 +18,7 @@ from galvatron_megatron.search.result import SearchResult
 _GIB = 2**30
 _NOTHING_LEFT = "host memory: a node has none beside that of its devices, which may use all of it"
 
-MOST_SECONDS = 30.0
+MOST_SECONDS = 90.0
 """Time for a search under the limit, which takes many times as long as one without it."""
 
 Find = Callable[[SearchRequest], SearchResult]
