@@ -311,12 +311,8 @@ def copies_differ(models) -> float:
     return worst
 
 
-def gather_weights(models) -> dict[str, np.ndarray]:
-    """Whole weights on rank 0, in fp32."""
-    mine = [
-        (s.key, tuple(s.global_shape), tuple(s.global_offset), s.data.detach().float().numpy().copy())
-        for s in shards(models)
-    ]
+def gather_whole(mine: list[tuple]) -> dict[str, np.ndarray]:
+    """Whole tensors on every rank, from key, whole shape, offset and value of what each rank holds."""
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     whole = {}
@@ -324,6 +320,16 @@ def gather_weights(models) -> dict[str, np.ndarray]:
         full = whole.setdefault(key, np.full(shape, np.nan, dtype=np.float32))
         full[place(offset, value.shape)] = value
     return whole
+
+
+def gather_weights(models) -> dict[str, np.ndarray]:
+    """Whole weights on every rank, in fp32."""
+    return gather_whole(
+        [
+            (s.key, tuple(s.global_shape), tuple(s.global_offset), s.data.detach().float().numpy().copy())
+            for s in shards(models)
+        ]
+    )
 
 
 def build_iterators_without_drawing(original):

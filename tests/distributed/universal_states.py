@@ -1,11 +1,10 @@
 """What a job holds right after it has read a universal checkpoint; on ranks only."""
 
 import numpy as np
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.utils import unwrap_model
-from runtime_job import place, run_case
+from runtime_job import gather_whole, run_case
 
 from galvatron_megatron.runtime import universal
 from galvatron_megatron.runtime.checkpoint import CONTENT
@@ -25,13 +24,7 @@ def live_states(chunks, optimizer):
             axes = entry.prepend_axis_num
             where = entry.global_shape[axes:], entry.global_offset[axes:]
             mine.append((entry.key, *map(tuple, where), entry.data.detach().float().numpy().copy()))
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
-    whole = {}
-    for key, shape, offset, value in (entry for owned in gathered for entry in owned):
-        full = whole.setdefault(key, np.full(shape, np.nan, dtype=np.float32))
-        full[place(offset, value.shape)] = value
-    return whole
+    return gather_whole(mine)
 
 
 def scaler_of(optimizer):
