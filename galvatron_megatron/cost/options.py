@@ -30,6 +30,8 @@ class RunOptions:
     """``--galvatron-zero-backend deepspeed``: ZeRO 1 is DeepSpeed's, not Megatron's distributed optimizer."""
     bucket_elements: int | None = None
     """``--ddp-bucket-size``: gradients that ZeRO 2 and 3 reduce at once; None for what Megatron takes."""
+    bucket_count: int | None = None
+    """``--ddp-num-buckets``: in how many messages a rank reduces them instead."""
     optimizer_in_step: bool = True
     """False leaves out the optimizer step, where a measured time does so too."""
 
@@ -57,6 +59,7 @@ def run_options(arguments: Mapping[str, object]) -> RunOptions:
         deepspeed_zero_1=arguments.get("galvatron_zero_backend") == "deepspeed",
         # Without overlap Megatron's buckets, and those of ZeRO, are as large as can be.
         bucket_elements=get("ddp_bucket_size") if overlaps else None,
+        bucket_count=get("ddp_num_buckets") if overlaps else None,
     )
 
 

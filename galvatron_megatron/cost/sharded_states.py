@@ -174,6 +174,8 @@ def sent_collectives(
 def _buckets(share: Share, strategy: Strategy, options: RunOptions, together: int) -> int:
     """In how many messages the gradients of some parts are reduced."""
     elements = share.parameters * together
+    if options.bucket_count:
+        return options.bucket_count if together > 1 else 1
     if is_deepspeed(strategy.zero, strategy.offload, options.deepspeed_zero_1):
         bucket = bucket_elements(elements, 0, share.sharding, options.bucket_elements)
     elif options.overlap_gradients:
@@ -290,6 +292,11 @@ def micro_batch_seconds(
     return behind + share * (gather + exposed(beside)) + (1 - share) * exposed(gather + beside)
 
 
+def _wanted(options: RunOptions, elements: int) -> int | None:
+    """Elements that the job asks to reduce at once, of so many; None where it says nothing."""
+    return ceil(elements / options.bucket_count) if options.bucket_count else options.bucket_elements
+
+
 def is_sent_every_micro_batch(when: str) -> bool:
     """True for what is sent in forward or backward passes."""
     return when in (FORWARD, BACKWARD)
@@ -327,7 +334,10 @@ def transient_bytes(
         # Of how many elements the largest parameter is, is not known here: at most all of a layer's.
         bucket = sum(
             bucket_elements(
-                share.parameters * layers, share.parameters, share.sharding, options.bucket_elements
+                share.parameters * layers,
+                share.parameters,
+                share.sharding,
+                _wanted(options, share.parameters * layers),
             )
             for share in shares
         )

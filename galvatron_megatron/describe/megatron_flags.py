@@ -210,6 +210,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--use-distributed-optimizer",), "use_distributed_optimizer", "on"),
     Flag(("--num-distributed-optimizer-instances",), "num_distributed_optimizer_instances", "int", 1),
     Flag(("--ddp-bucket-size",), "ddp_bucket_size", "int"),
+    Flag(("--ddp-num-buckets",), "ddp_num_buckets", "int"),
     Flag(("--overlap-grad-reduce",), "overlap_grad_reduce", "on"),
     Flag(("--overlap-param-gather",), "overlap_param_gather", "on"),
     Flag(("--tp-comm-overlap",), "tp_comm_overlap", "on"),

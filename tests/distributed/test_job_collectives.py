@@ -31,8 +31,8 @@ MIXED = (
     *(made for made in MEASURED if made["name"] != "stock"),
 )
 BUCKETED = tuple(
-    measured(f"buckets-{zero}", "modern", f"tp1 zero{zero}", [f"tp1 zero{zero}"] * 4, arguments=BUCKETS)
-    for zero in (1, 2, 3)
+    measured(f"buckets-{zero}", "modern", f"tp1 zero{zero}", [f"tp1 zero{zero}"] * 4, arguments=asked)
+    for zero, asked in ((1, BUCKETS), (2, {"overlap-grad-reduce": True, "ddp-num-buckets": 4}), (3, BUCKETS))
 )
 HANDED_ON = 3 * 128
 """Elements of the biases that a layer's linears hand on: with weights in host memory they are the only small
