@@ -35,12 +35,15 @@ class Branch:
         self.space, self.cost_model, self.outer = space, cost_model, outer
         self.request = space.request
         model = self.request.model
-        first_of = {layer: index for index, layer in reversed(list(enumerate(model.layers)))}
-        self.layers = tuple(sorted(first_of, key=first_of.__getitem__))
+        stays = self.request.on_device_layers
+        entries = [(layer, index in stays) for index, layer in enumerate(model.layers)]
+        first_of = {entry: index for index, entry in reversed(list(enumerate(entries)))}
+        ordered = sorted(first_of, key=first_of.__getitem__)
+        number = {entry: index for index, entry in enumerate(ordered)}
+        self.layers = tuple(layer for layer, _ in ordered)
         """One layer of every kind."""
-        number = {layer: index for index, layer in enumerate(self.layers)}
-        self.kinds = tuple(number[layer] for layer in model.layers)
-        self.counts = np.bincount(self.kinds, minlength=len(self.layers))
+        self.kinds = tuple(number[entry] for entry in entries)
+        self.counts = np.bincount(self.kinds, minlength=len(ordered))
         """Layers of every kind."""
         self.shares = [self.kinds.count(kind) / len(self.kinds) for kind in range(len(self.layers))]
         self.bases = space.bases(outer)
@@ -48,12 +51,12 @@ class Branch:
         self._layout_ids: dict[tuple, int] = {}
         flags = (None,) if self.request.constraints.recomputed_layers_per_stage is None else (True, False)
         self.options: dict[tuple[int, bool | None], Options] = {}
-        for kind, layer in enumerate(self.layers):
+        for kind, (layer, on_device) in enumerate(ordered):
             for forced in flags:
                 self.options[kind, forced] = price_options(
                     cost_model,
-                    first_of[layer],
-                    space.strategies(layer, outer, forced),
+                    first_of[layer, on_device],
+                    space.strategies(layer, outer, forced, on_device=on_device),
                     self.any_setting,
                     self._layout_ids,
                     limits_host=self.request.host_bytes is not None,

@@ -328,17 +328,20 @@ class Space:
                 found.append(kind)
         return tuple(found)
 
-    def strategies(self, layer: Layer, outer: Outer, forced: bool | None = None) -> tuple[Strategy, ...]:
+    def strategies(
+        self, layer: Layer, outer: Outer, forced: bool | None = None, *, on_device: bool = False
+    ) -> tuple[Strategy, ...]:
         """All strategies of a layer, the simplest first.
 
         Args:
             layer: the layer.
             outer: decisions above it.
             forced: see ``recompute_kinds``.
+            on_device: the layer keeps nothing in host memory.
         """
-        key = (layer, outer.ranks, forced)
+        key = (layer, outer.ranks, forced, on_device)
         if key not in self._strategies:
-            self._strategies[key] = tuple(self._generate(layer, outer.ranks, forced))
+            self._strategies[key] = tuple(self._generate(layer, outer.ranks, forced, on_device))
         found = []
         for strategy in self._strategies[key]:
             if outer.samples % strategy.dp:
@@ -347,9 +350,9 @@ class Space:
                 found.append(strategy)
         return tuple(found)
 
-    def _generate(self, layer: Layer, ranks: int, forced: bool | None) -> Iterator[Strategy]:
+    def _generate(self, layer: Layer, ranks: int, forced: bool | None, on_device: bool) -> Iterator[Strategy]:
         kinds = self.recompute_kinds(layer, forced)
-        offloads = self.request.offloads
+        offloads = (Offload.NONE,) if on_device else self.request.offloads
         if layer.experts is not None:
             self.cuts["offload_experts"] += len(offloads) - (Offload.NONE in offloads)
             offloads = (Offload.NONE,)
@@ -410,6 +413,7 @@ class Space:
     def _all_bases(self, ranks: int) -> tuple[Strategy, ...]:
         if ranks not in self._bases:
             found = []
+            offloads = (Offload.NONE,) if self.request.on_device_ends else self.request.offloads
             for tp, kind, cp, dp in self._layouts(ranks):
                 if kind is SequenceParallel.ULYSSES:
                     self.cuts["ulysses_base"] += 1
@@ -422,7 +426,7 @@ class Space:
                 if rules:
                     self.cuts[min(rules)] += 1
                     continue
-                for zero, offload in self._shardings(cp * dp, self.request.offloads):
+                for zero, offload in self._shardings(cp * dp, offloads):
                     found.append(
                         Strategy(tp=tp, sequence_parallel=kind, cp=cp, dp=dp, zero=zero, offload=offload)
                     )

@@ -56,6 +56,8 @@ def search(
     """
     started = time.perf_counter()
     run = _Run(request, CheckedCosts(cost_model), progress)
+    for plan in request.known:
+        run.keep(plan)
     try:
         run.uniform()
         if request.layerwise:

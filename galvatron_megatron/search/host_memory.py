@@ -12,13 +12,14 @@ from galvatron_megatron.cost.host_memory import node_host_bytes
 from galvatron_megatron.errors import SearchError
 from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.strategy import Offload
+from galvatron_megatron.search.host_spread import fitting_plan
 from galvatron_megatron.search.request import SearchRequest
 from galvatron_megatron.search.result import SearchResult
 
 _GIB = 2**30
 _NOTHING_LEFT = "host memory: a node has none beside that of its devices, which may use all of it"
 
-MOST_SECONDS = 90.0
+MOST_SECONDS = 30.0
 """Time for a search under the limit, which takes many times as long as one without it."""
 
 Find = Callable[[SearchRequest], SearchResult]
@@ -110,8 +111,12 @@ def _within(
         f"host memory: the fastest plan would keep {size / _GIB:.1f} GiB on a node that has "
         f"{host_bytes / _GIB:.1f}"
     )
+    known = None
+    if request.layerwise:  # alike, all layers offload or none
+        known = fitting_plan(request, host_bytes / size, lambda plan: kept(plan) <= host_bytes, find)
+    limited = replace(request, host_bytes=host_bytes, names_nearest=False, most_seconds=MOST_SECONDS)
     try:
-        found = find(replace(request, host_bytes=host_bytes, names_nearest=False, most_seconds=MOST_SECONDS))
+        found = find(replace(limited, known=() if known is None else (known,)))
     except SearchError:
         return None, excess
     return found, f"{excess}; not proven fastest, at most {found.gap:.1%} off" if found.gap else excess

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from galvatron_megatron.describe.model import Model
 from galvatron_megatron.errors import SearchError
 from galvatron_megatron.plan.constraints import Constraints
+from galvatron_megatron.plan.plan import Plan
 from galvatron_megatron.plan.strategy import Offload, Recompute
 
 ALL_RECOMPUTE = (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)
@@ -46,6 +47,12 @@ class SearchRequest:
     """What may be kept in host memory; priced only where the cluster describes its hosts."""
     host_bytes: int | None = None
     """Memory of a node that its ranks may keep offloaded states in, together; None where that is no limit."""
+    on_device_layers: frozenset[int] = frozenset()
+    """Numbers of layers that keep nothing there."""
+    on_device_ends: bool = False
+    """Embedding and head keep nothing there."""
+    known: tuple[Plan, ...] = ()
+    """Plans that are answers: only faster ones are searched for."""
     allow_interleaving: bool = True
     max_virtual_stages: int = 8
     tp_across_nodes: bool = False
@@ -87,6 +94,8 @@ class SearchRequest:
             )
         if not self.offloads or not all(isinstance(kind, Offload) for kind in self.offloads):
             raise SearchError(f"search offloads: {self.offloads!r}; valid: some of {tuple(Offload)}")
+        if self.on_device_layers and Offload.NONE not in self.offloads:
+            raise SearchError(f"search offloads: {self.offloads!r}, not of all layers; valid: none among them")
         if self.host_bytes is not None and (type(self.host_bytes) is not int or self.host_bytes < 0):
             raise SearchError(f"search host_bytes: {self.host_bytes!r}; valid: an integer >= 0, or None")
         if not 0 <= self.uniform_margin < 1:

@@ -18,6 +18,7 @@ from galvatron_megatron.plan.strategy import Offload, Recompute, Strategy
 from galvatron_megatron.search.engine import search
 from galvatron_megatron.search.evaluation import evaluate
 from galvatron_megatron.search.host_memory import offloads, search_within_hosts
+from galvatron_megatron.search.host_spread import fitting_plan
 from galvatron_megatron.search.request import SearchRequest
 
 LAYERS = 8
@@ -191,6 +192,25 @@ def pipelined(cut: int, counts: tuple[int, int], ends: bool) -> Plan:
         stages.append(StagePlan(layers=tuple(LayerPlan(kind=kind, strategy=each) for each in chosen)))
     base = host if ends else device
     return Plan(pp=2, micro_batch_size=1, micro_batches=4, base=base, stages=tuple(stages))
+
+
+def test_a_plan_that_fits_is_found_soon_and_searched_on_from():
+    """Where the search under the limit finds nothing faster, the plan that it starts from is its answer."""
+    least, most = (needs(plan_with(count, count > 0)) for count in (LAYERS, 0))
+    asked = request((least + most) // 2)
+    room = max(KEPT.values()) * 3 // 4
+    plan = fitting_plan(asked, 0.75, lambda plan: node_host_bytes(plan, COSTS, 4) <= room, find)
+    assert offloads(plan) and node_host_bytes(plan, COSTS, 4) <= room and needs(plan) <= asked.memory_bytes
+    limited = replace(asked, host_bytes=room)
+    best = search(limited, COSTS)
+    assert evaluate(plan, COSTS).step_seconds >= evaluate(best.plan, COSTS).step_seconds
+    again = search(replace(limited, known=(best.plan,)), COSTS)
+    assert (again.plan, again.gap) == (best.plan, 0.0)
+    late = search(replace(limited, known=(plan,), most_seconds=0.0), COSTS)
+    assert late.plan == plan and 0 < late.gap < 1
+    assert fitting_plan(asked, 0.5, lambda plan: False, find) is None
+    everything = replace(asked, offloads=(Offload.OPTIMIZER,), memory_bytes=most)
+    assert fitting_plan(everything, 0.5, lambda plan: True, find) is None
 
 
 def test_host_memory_is_a_number_of_bytes():
