@@ -247,7 +247,7 @@ class AnalyticCostModel:
         counts = self._counts.layer(layer, strategy, samples // strategy.dp)
         whole = self.whole_parameters(layer, counts.parameters, strategy)
         modules = self._gathered(counts, strategy, norms=not whole)
-        at_use = layer_at_use(strategy, len(self.model.layers), pp, modules)
+        at_use = layer_at_use(len(self.model.layers), pp)
         heads = layer.attention.head_norm_parameter_count(self.model.normalization) if layer.attention else 0
         partial = _partial_gradients(counts, strategy, heads)
         return self._price(

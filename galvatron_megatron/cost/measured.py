@@ -262,7 +262,7 @@ class MeasuredCostModel:
             for term in self._sync(found, strategy, together, sent)
         ]
         each = {key: seconds / together for key, seconds in sent.items()}
-        at_use = layer_at_use(strategy, len(self._digests), pp, modules)
+        at_use = layer_at_use(len(self._digests), pp)
         return self._priced(digest, found, strategy, found.parameters, each, sync, share, at_use, whole=whole)
 
     def _price_end(self, part: str, base: Strategy, samples: int, pp: int, share: float) -> PricedLayer:

@@ -9,7 +9,7 @@ from galvatron_megatron.cost.memory import ElementBytes, Share
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.overlap import exposed_seconds
 from galvatron_megatron.cost.sharding import BACKWARD, FORWARD, REDUCTION, UPDATE, sharding_collectives
-from galvatron_megatron.plan.strategy import Offload, Recompute, Strategy
+from galvatron_megatron.plan.strategy import Offload, Strategy
 from galvatron_megatron.plan.zero_rules import bucket_elements, is_deepspeed, reduction_buffers, usual_bucket
 
 GATHER, REDUCE = "gather", "reduce"
@@ -37,24 +37,18 @@ EMBEDDING_AT_USE = AtUse(forward=1.0, backward=0.0)
 HEAD_AT_USE = AtUse(forward=0.0, backward=1.0)
 
 
-def layer_at_use(strategy: Strategy, layers: int, pp: int, modules: int) -> AtUse:
+def layer_at_use(layers: int, pp: int) -> AtUse:
     """What the layers of a stage gather at use, on average over them, since no layer knows its place.
 
     The first of a stage's n layers has nothing in front of it that computes for long: 1 / n. In backward
     passes neither has the last one, except on the last of P stages, where the head computes: (P - 1) / P n.
-    Where a layer is computed again as a whole, its m modules are gathered twice in the backward pass; the last
-    one is let go and at once gathered again, at use: another 1 / 2m.
 
     Args:
-        strategy: of the layers.
         layers: of the model.
         pp: stages.
-        modules: of a layer that gather.
     """
     first = 1 / max(1, layers // pp)
-    again = 1 / (2 * modules) if strategy.recompute is Recompute.FULL else 0.0
-    backward = first * (pp - 1) / pp
-    return AtUse(forward=first, backward=backward + (1 - backward) * again)
+    return AtUse(forward=first, backward=first * (pp - 1) / pp)
 
 
 class CollectiveTime(Protocol):
@@ -131,12 +125,11 @@ def sent_collectives(
             strategy.zero,
             element,
             modules=own,
-            recompute=strategy.recompute,
             deepspeed=options.deepspeed_zero_1 or strategy.offload is not Offload.NONE,
             whole=0 if number else whole,
         )
         if strategy.zero == 3 and borrowed and not number:
-            again = sharding_collectives(borrowed, 3, element, recompute=strategy.recompute)
+            again = sharding_collectives(borrowed, 3, element)
             collectives += tuple(entry for entry in again if entry.kind == "all_gather")
         for entry in collectives:
             role = GATHER if entry.kind == "all_gather" else REDUCE

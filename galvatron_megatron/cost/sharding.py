@@ -6,7 +6,7 @@ from galvatron_megatron.cost.counts_values import LayerCounts
 from galvatron_megatron.cost.memory import ElementBytes
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.describe.model import Model
-from galvatron_megatron.plan.strategy import Recompute, Strategy
+from galvatron_megatron.plan.strategy import Strategy
 from galvatron_megatron.plan.zero_rules import vectors_stay_whole
 
 FORWARD, BACKWARD, REDUCTION, UPDATE = "forward", "backward", "reduction", "update"
@@ -32,7 +32,6 @@ def sharding_collectives(
     element: ElementBytes,
     *,
     modules: int = 1,
-    recompute: Recompute = Recompute.NONE,
     deepspeed: bool = False,
     whole: int = 0,
 ) -> tuple[ShardingCollective, ...]:
@@ -41,8 +40,8 @@ def sharding_collectives(
     Source: the collectives that the runtime's engines over DeepSpeed's classes were seen to send; Megatron's
     distributed optimizer for stage 1. DeepSpeed's stages 1 and 2 all-reduce whole buckets of gradients and keep
     their part; stage 2 does so after every micro-batch, since a rank keeps its own part alone. Stage 3 gathers
-    a module's weights for its forward and for its backward pass, and before that once more where the layer is
-    computed again; what stays whole is gathered behind the optimizer alone. These are
+    a module's weights for its forward and for its backward pass, where they serve computing again as well; what
+    stays whole is gathered behind the optimizer alone. These are
     counted for some parameters alone; ``sharded_states.sent_collectives`` says what layers of a stage share.
 
     Args:
@@ -50,7 +49,6 @@ def sharding_collectives(
         zero: stage.
         element: bytes of one parameter by purpose.
         modules: how many modules hold the parameters.
-        recompute: of the layer.
         deepspeed: stage 1 is DeepSpeed's, not Megatron's.
         whole: those of the parameters that stage 3 keeps whole; ``modules`` does not count theirs.
 
@@ -60,10 +58,9 @@ def sharding_collectives(
     gradients, weights = parameters * element.gradient, parameters * element.weight
     if zero == 3:
         weights -= whole * element.weight
-        again = 2 if recompute is Recompute.FULL else 1
         found = (
             ShardingCollective(kind="all_gather", when=FORWARD, count=modules, bytes=weights),
-            ShardingCollective(kind="all_gather", when=BACKWARD, count=again * modules, bytes=again * weights),
+            ShardingCollective(kind="all_gather", when=BACKWARD, count=modules, bytes=weights),
             ShardingCollective(kind="reduce_scatter", when=BACKWARD, count=1, bytes=gradients),
             ShardingCollective(kind="all_gather", when=UPDATE, count=1, bytes=whole * element.weight),
         )

@@ -21,7 +21,7 @@ from deepspeed.runtime.zero.offload_config import (
     DeepSpeedZeroOffloadParamConfig,
     OffloadDeviceEnum,
 )
-from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK, DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import logger as deepspeed_logger
@@ -271,7 +271,7 @@ class ShardedParametersEngine(_Common, DeepSpeedZeroOptimizer_Stage3):
         self._divisor = 1.0 / options.scale
         held = {id(part) for module in modules for part in module.modules()}
         outside = [module for module, _ in borrowers if id(module) not in held]
-        with _without_world_barriers():
+        with _without_world_barriers(), _hooks_where_parameters_are({id(module) for module, _ in borrowers}):
             super().__init__(
                 torch.nn.ModuleList([*modules, *outside]),
                 optimizer,
@@ -435,3 +435,24 @@ def _without_world_barriers() -> Iterator[None]:
         yield
     finally:
         deepspeed.comm.barrier = barrier
+
+
+@contextlib.contextmanager
+def _hooks_where_parameters_are(borrowers: set[int]) -> Iterator[None]:
+    """Stage 3 would hook every module, which takes time in every pass; half of a layer's have no parameters.
+
+    Args:
+        borrowers: ids of modules that compute with parameters of others.
+    """
+    register = DeepSpeedZeRoOffload._register_deepspeed_module
+
+    def registers(self: DeepSpeedZeRoOffload, module: torch.nn.Module, **count: list[int]) -> None:
+        inside = {id(part) for part in module.modules()}
+        if inside & borrowers or next(module.parameters(), None) is not None:
+            register(self, module, **count)
+
+    DeepSpeedZeRoOffload._register_deepspeed_module = registers
+    try:
+        yield
+    finally:
+        DeepSpeedZeRoOffload._register_deepspeed_module = register

@@ -232,14 +232,14 @@ def test_zero_pays_for_the_collectives_that_its_engines_send() -> None:
     assert parts(1, 4, deepspeed_zero_1=True, **whole)[2] == pytest.approx(plain[2])
     forward, backward, _ = parts(3, 4)
     assert forward > 0
-    # Computed again, a layer is gathered for that as well; some of that behind the longer pass.
+    # Computed again, a layer is gathered for both at once; the longer pass in front hides no less of it.
     again = parts(3, 4, Recompute.FULL)
-    assert again[0] == forward and again[1] > backward
+    assert again[0] == forward and 0 < again[1] <= backward
 
 
 def test_parameters_are_gathered_while_the_layer_in_front_computes() -> None:
-    def added(pp: int, recompute: Recompute = Recompute.NONE, zero: int = 3) -> list[float]:
-        strategy = Strategy(dp=8, zero=zero, recompute=recompute)
+    def added(pp: int, zero: int = 3) -> list[float]:
+        strategy = Strategy(dp=8, zero=zero)
         priced = costs().priced_layer(0, strategy, setting(strategy, pp=pp, micro_batch_size=64))
         return [
             sum(t.value for t in priced.micro_batch_terms if t.name == f"{phase} sharded parameters")
@@ -251,8 +251,6 @@ def test_parameters_are_gathered_while_the_layer_in_front_computes() -> None:
     assert one[0] < 0.8 * four[0]
     reduced = added(1, zero=2)[1] / 2  # an all-reduce is two scatters
     assert one[1] - reduced < 0.8 * (four[1] - reduced)
-    # The last module of a layer that is computed again is gathered twice in a row.
-    assert added(1, Recompute.FULL)[1] > 1.05 * one[1]
     # Nothing is gathered; of the last bucket of a stage fewer layers pay a larger part.
     assert added(4, zero=2) == pytest.approx(added(1, zero=2), rel=0.05)
 

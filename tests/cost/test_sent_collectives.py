@@ -1,13 +1,16 @@
-"""What parts of a stage send for their states: messages that they share, shards that are summed."""
+"""What parts of a stage send for their states: messages that they share, shards that are summed, waits."""
 
 import pytest
 
 from galvatron_megatron.cost.memory import Share, parameter_bytes
 from galvatron_megatron.cost.options import RunOptions, run_options
+from galvatron_megatron.cost.overlap import exposed_seconds
 from galvatron_megatron.cost.sharded_states import (
     GATHER,
     REDUCE,
     SentCollective,
+    layer_at_use,
+    micro_batch_seconds,
     partial_sum,
     sent_collectives,
     sent_seconds,
@@ -97,3 +100,19 @@ def test_seconds_are_those_of_each_message() -> None:
     assert all(isinstance(entry, SentCollective) for entry in sent)
     seconds = sent_seconds(sent, price)
     assert seconds == {("reduction", REDUCE): 10 / 8 + 4000, ("update", GATHER): 10 / 8 + 2000}
+
+
+@pytest.mark.parametrize("pp", [1, 2, 4])
+def test_shares_of_waits_add_up_to_those_of_a_stage(pp: int) -> None:
+    """Of a stage's layers one waits forward, and on all but the last stage one backward: none knows which."""
+    gather, computing, slowdown = 4.0, 3.0, 1.25
+    layers, at_use = LAYERS // pp, layer_at_use(LAYERS, pp)
+    sent = {("forward", GATHER): gather, ("backward", GATHER): gather}
+    forward, backward = (
+        layers * micro_batch_seconds(phase, computing, sent, OPTIONS, slowdown, at_use)
+        for phase in ("forward", "backward")
+    )
+    hidden = exposed_seconds(gather, computing, slowdown)
+    assert forward == pytest.approx(gather + (layers - 1) * hidden)
+    # Over all stages: pp - 1 of them have a last layer that nothing computes in front of.
+    assert pp * backward == pytest.approx((pp - 1) * gather + (LAYERS - pp + 1) * hidden)
