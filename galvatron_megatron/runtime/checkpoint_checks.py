@@ -7,7 +7,6 @@ collective, until the launcher or a timeout ends them. Here all ranks agree befo
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch.distributed as dist
@@ -22,22 +21,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from galvatron_megatron.errors import PlanError
 from galvatron_megatron.runtime.agreement import AgreedError, agree
+from galvatron_megatron.runtime.universal_files import UNREADABLE
 from galvatron_megatron.runtime.vocabulary import Vocabulary
 
 _FIXED = ("num_layers", "hidden_size", "num_attention_heads")
 """Arguments that a job which goes on cannot change; Megatron looks at them too, once all is loaded."""
-_UNREADABLE = (
-    CheckpointingException,
-    CheckpointException,
-    UnpicklingError,
-    OSError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-)
+_UNREADABLE = (CheckpointingException, CheckpointException, *UNREADABLE)
 """What Megatron and torch raise on files that are missing, cut short or damaged."""
 _MISSING_ALLOWED = ("log_all", "return_all", "ignore_all")
 """Values of ``--dist-ckpt-strictness`` under which a checkpoint may lack tensors of this model."""

@@ -32,7 +32,7 @@ _NORMS = (
     ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
 )
 """Norms as checkpoints name them, and as models do that keep them apart from the linear behind them."""
-_UNREADABLE = (
+UNREADABLE = (
     UnpicklingError,
     OSError,
     RuntimeError,
@@ -276,7 +276,7 @@ def _load(path: Path, *, inert: bool = False) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
         raise PlanError(f"universal checkpoint: {path} is missing; valid: a complete one") from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise PlanError(
             f"universal checkpoint: {path} cannot be read as data ({_reason(error)}); valid: tensors and "
             "numbers"
