@@ -1,5 +1,6 @@
 """Device memory in use and at its peak: the allocator's on a GPU, tensor by tensor on CPU ranks."""
 
+import time
 import weakref
 from typing import Any
 
@@ -8,6 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from galvatron_megatron.device import on_cpu
+
+_SETTLED_SECONDS = 0.004
+_MOST_SECONDS = 0.1
 
 
 class _StorageTracker(TorchDispatchMode):
@@ -42,6 +46,14 @@ class _StorageTracker(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         return result
 
+    def settle(self) -> None:
+        """Waits until nothing is freed any more: gloo's threads hold tensors longer than their callers do."""
+        end = time.monotonic() + _MOST_SECONDS
+        before = None
+        while before != self.now and time.monotonic() < end:
+            before = self.now
+            time.sleep(_SETTLED_SECONDS)
+
 
 class MemoryMeter:
     """Reads memory between marks; use as a context manager around the work.
@@ -69,6 +81,7 @@ class MemoryMeter:
     def read(self) -> tuple[int, int]:
         """Bytes in use now, and the peak since the last call; then the peak starts anew."""
         if self._tracker is not None:
+            self._tracker.settle()
             now, peak = self._tracker.now, self._tracker.peak
             self._tracker.peak = now
             return now, peak

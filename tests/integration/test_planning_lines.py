@@ -25,7 +25,7 @@ LINES = {
     "buckets": "--bf16 --overlap-grad-reduce --ddp-bucket-size 50000 --galvatron-memory-gb 0.032",
     "narrow": "--bf16 --grad-reduce-in-bf16 --accumulate-allreduce-grads-in-fp32",
     "half": "--fp16 --tp-comm-overlap",
-    "half wide": "--fp16 --accumulate-allreduce-grads-in-fp32",
+    "half wide": "--fp16 --accumulate-allreduce-grads-in-fp32 --overlap-grad-reduce --ddp-num-buckets 3",
     "backend": "--galvatron-zero-backend deepspeed --galvatron-memory-gb 0.05 --micro-batch-size 1",
     "uniform": "--galvatron-uniform --tensor-model-parallel-size 2 --sequence-parallel",
     "pipeline": "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 2",
