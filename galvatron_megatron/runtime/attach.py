@@ -80,46 +80,47 @@ class Attachment:
         self._args = args
         self._context: RuntimeContext | None = None
         self._models: weakref.WeakSet[PlannedDataParallel] = weakref.WeakSet()
-        self._originals = [(owner, name, getattr(owner, name)) for owner, name in HOOKED]
-        checked = CheckedLoading()
-        load = checked.hook_load(TorchDistLoadShardedStrategy.load)
-        if is_left_to_megatron(plan, args):
-            replacements: tuple[Any, ...] = (
-                *(original for _, _, original in self._originals[:-3]),
-                checkpoint_async.hook_generate(checkpointing.generate_state_dict),
-                checked.hook_read(checkpointing._load_base_checkpoint),
-                load,
-            )
-            if _can_reshard(args):
-                replacements = (
-                    *replacements[:4],
-                    _adopt_optimizer(training.get_megatron_optimizer),
-                    *replacements[5:8],
-                    checked.hook_read(describe_loaded(checkpointing._load_base_checkpoint, runs_alike=True)),
-                    load,
-                )
-        else:
-            streams = SavedStreams(plan, lambda: self.context.streams)
-            # One class under both names: the training loop asks whether what the other one built is of its own.
-            data_parallel = self._data_parallel_class()
-            replacements = (
-                self._hook_gpt(GPTModel.__init__),
-                self._hook_hybrid(HybridModel.__init__),
-                data_parallel,
-                data_parallel,
-                self._build_optimizer,
-                streams.hook_load(training.load_checkpoint),
-                _describe_content(
-                    checkpointing._build_sharded_state_dict_metadata, {**CONTENT, **streams.content}
-                ),
-                checkpoint_async.hook_generate(streams.hook_generate(checkpointing.generate_state_dict)),
-                streams.hook_read(
-                    checked.hook_read(describe_loaded(checkpointing._load_base_checkpoint, runs_alike=False))
-                ),
-                load,
-            )
-        for (owner, name), replacement in zip(HOOKED, replacements, strict=True):
+        self._originals = {hook: getattr(*hook) for hook in HOOKED}
+        for (owner, name), replacement in self._replacements().items():
             setattr(owner, name, replacement)
+
+    def _replacements(self) -> dict[tuple[Any, str], Any]:
+        """What stands in the place of hooked names; the others stay as they are."""
+        checked = CheckedLoading()
+        read = checkpointing._load_base_checkpoint
+        found: dict[tuple[Any, str], Any] = {
+            (TorchDistLoadShardedStrategy, "load"): checked.hook_load(TorchDistLoadShardedStrategy.load)
+        }
+        if is_left_to_megatron(self.plan, self._args):
+            if _can_reshard(self._args):
+                found[training, "get_megatron_optimizer"] = _adopt_optimizer(training.get_megatron_optimizer)
+                read = describe_loaded(read, runs_alike=True)
+            return found | {
+                (checkpointing, "generate_state_dict"): checkpoint_async.hook_generate(
+                    checkpointing.generate_state_dict
+                ),
+                (checkpointing, "_load_base_checkpoint"): checked.hook_read(read),
+            }
+        streams = SavedStreams(self.plan, lambda: self.context.streams)
+        # One class under both names: the training loop asks whether what the other one built is of its own.
+        data_parallel = self._data_parallel_class()
+        return found | {
+            (GPTModel, "__init__"): self._hook_gpt(GPTModel.__init__),
+            (HybridModel, "__init__"): self._hook_hybrid(HybridModel.__init__),
+            (dist_utils, "DistributedDataParallel"): data_parallel,
+            (training, "DDP"): data_parallel,
+            (training, "get_megatron_optimizer"): self._build_optimizer,
+            (training, "load_checkpoint"): streams.hook_load(training.load_checkpoint),
+            (checkpointing, "_build_sharded_state_dict_metadata"): _describe_content(
+                checkpointing._build_sharded_state_dict_metadata, {**CONTENT, **streams.content}
+            ),
+            (checkpointing, "generate_state_dict"): checkpoint_async.hook_generate(
+                streams.hook_generate(checkpointing.generate_state_dict)
+            ),
+            (checkpointing, "_load_base_checkpoint"): streams.hook_read(
+                checked.hook_read(describe_loaded(read, runs_alike=False))
+            ),
+        }
 
     @property
     def context(self) -> RuntimeContext:
@@ -134,7 +135,7 @@ class Attachment:
         Args:
             keep_groups: leave the plan's groups to a model that is still in use.
         """
-        for owner, name, original in self._originals:
+        for (owner, name), original in self._originals.items():
             setattr(owner, name, original)
         if self._context is not None and not keep_groups:
             for model in self._models:
