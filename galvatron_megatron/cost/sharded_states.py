@@ -9,7 +9,7 @@ from galvatron_megatron.cost.memory import ElementBytes, Share
 from galvatron_megatron.cost.options import RunOptions
 from galvatron_megatron.cost.overlap import exposed_seconds
 from galvatron_megatron.cost.sharding import BACKWARD, FORWARD, REDUCTION, UPDATE, sharding_collectives
-from galvatron_megatron.plan.strategy import Offload, Strategy
+from galvatron_megatron.plan.strategy import Strategy
 from galvatron_megatron.plan.zero_rules import bucket_elements, is_deepspeed, reduction_buffers, usual_bucket
 
 GATHER, REDUCE = "gather", "reduce"
@@ -118,6 +118,7 @@ def sent_collectives(
             which DeepSpeed's stages 1 and 2 gather one by one.
     """
     own = max(1, modules - bool(borrowed))
+    by_deepspeed = is_deepspeed(strategy.zero, strategy.offload, options.deepspeed_zero_1)
     sent = []
     for number, share in enumerate(shares):
         collectives = sharding_collectives(
@@ -125,7 +126,7 @@ def sent_collectives(
             strategy.zero,
             element,
             modules=own,
-            deepspeed=options.deepspeed_zero_1 or strategy.offload is not Offload.NONE,
+            deepspeed=by_deepspeed,
             whole=0 if number else whole,
         )
         if strategy.zero == 3 and borrowed and not number:
@@ -135,8 +136,7 @@ def sent_collectives(
             role = GATHER if entry.kind == "all_gather" else REDUCE
             count: float = entry.count
             if role == REDUCE or entry.when == UPDATE:
-                buckets = _buckets(share, strategy, options, together)
-                by_deepspeed = is_deepspeed(strategy.zero, strategy.offload, options.deepspeed_zero_1)
+                buckets = _buckets(share, options, together, by_deepspeed=by_deepspeed)
                 if role == GATHER and strategy.zero == 3:
                     buckets = 1
                 elif role == GATHER and by_deepspeed:
@@ -164,12 +164,12 @@ def sent_collectives(
     return tuple(entry for entry in sent if entry.is_sent)
 
 
-def _buckets(share: Share, strategy: Strategy, options: RunOptions, together: int) -> int:
+def _buckets(share: Share, options: RunOptions, together: int, *, by_deepspeed: bool) -> int:
     """In how many messages the gradients of some parts are reduced."""
     elements = share.parameters * together
     if options.bucket_count:
         return options.bucket_count if together > 1 else 1
-    if is_deepspeed(strategy.zero, strategy.offload, options.deepspeed_zero_1):
+    if by_deepspeed:
         bucket = bucket_elements(elements, 0, share.sharding, options.bucket_elements)
     elif options.overlap_gradients:
         bucket = options.bucket_elements or usual_bucket(share.replicas)

@@ -41,8 +41,8 @@ def sharding_collectives(
     distributed optimizer for stage 1. DeepSpeed's stages 1 and 2 all-reduce whole buckets of gradients and keep
     their part; stage 2 does so after every micro-batch, since a rank keeps its own part alone. Stage 3 gathers
     a module's weights for its forward and for its backward pass, where they serve computing again as well; what
-    stays whole is gathered behind the optimizer alone. These are
-    counted for some parameters alone; ``sharded_states.sent_collectives`` says what layers of a stage share.
+    stays whole is gathered behind the optimizer alone. These are counted for some parameters alone;
+    ``sharded_states.sent_collectives`` says what layers of a stage share.
 
     Args:
         parameters: of this rank.
