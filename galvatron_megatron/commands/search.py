@@ -38,6 +38,7 @@ from galvatron_megatron.report.terminal import terminal
 from galvatron_megatron.search.decision_tree import Space
 from galvatron_megatron.search.engine import Progress as SearchProgress
 from galvatron_megatron.search.explanation import explain
+from galvatron_megatron.search.host_memory import offloading_no_more
 from galvatron_megatron.search.job import find_plan, job_request
 from galvatron_megatron.search.request import UNIFORM_MARGIN, SearchRequest
 
@@ -188,7 +189,7 @@ def run(arguments: argparse.Namespace) -> int:
         is_modelled = isinstance(cost_model, AnalyticCostModel)
         others = _alternatives(request, cluster, options) if is_modelled else []
         # Where a host is full, what would help is asked with no more in it.
-        asked = request if note is None else replace(request, host_bytes=host_bytes)
+        asked = request if note is None else offloading_no_more(request, result.plan)
         explanation = explain(asked, cost_model, result, others)
     if arguments.output is not None:
         write_plan(result.plan, arguments.output)

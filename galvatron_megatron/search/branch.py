@@ -13,6 +13,7 @@ from galvatron_megatron.plan.strategy import Strategy
 from galvatron_megatron.search.chain import Chain
 from galvatron_megatron.search.decision_tree import Outer, Space, setting_of
 from galvatron_megatron.search.host_shares import HostShares
+from galvatron_megatron.search.layer_dp import LateError
 from galvatron_megatron.search.multipliers import memory_multipliers
 from galvatron_megatron.search.options import HOST_ROW, Options, checked, price_options
 from galvatron_megatron.search.positions import Partition, Positions
@@ -357,6 +358,7 @@ class Branch:
         base: Strategy,
         cutoff: float,
         options: dict[tuple[int, bool | None], Options] | None = None,
+        deadline: float = np.inf,
     ) -> Plan | None:
         """Finds the best plan in one setting.
 
@@ -365,6 +367,7 @@ class Branch:
             base: base layout with the ZeRO stage of embedding and head.
             cutoff: only plans faster than this many seconds are wanted.
             options: strategies to choose from; by default all.
+            deadline: reading of ``time.perf_counter`` behind which the best plan so far is the answer.
         """
         shared = options is None
         if shared:
@@ -396,9 +399,16 @@ class Branch:
                     self.outer.micro_batches,
                     time_limit,
                     self._numbered,
+                    deadline,
                 )
 
-            found = problem(positions.host).solve(cutoff) if shares is None else shares.solve(problem, cutoff)
+            try:
+                if shares is None:
+                    found = problem(positions.host).solve(cutoff)
+                else:
+                    found = shares.solve(problem, cutoff)
+            except LateError:
+                break
             if found is not None:
                 cutoff = found.step_seconds
                 best = (found, spans)

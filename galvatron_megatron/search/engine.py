@@ -54,7 +54,6 @@ def search(
     Raises:
         SearchError: the space is empty, nothing fits, or a price is not a number.
     """
-    started = time.perf_counter()
     run = _Run(request, CheckedCosts(cost_model), progress)
     for plan in request.known:
         run.keep(plan)
@@ -67,7 +66,7 @@ def search(
         if run.best is None:
             raise
         run.interrupted = True
-    return run.result(started)
+    return run.result()
 
 
 def outer_decisions(plan: Plan) -> tuple:
@@ -84,6 +83,9 @@ class _Run:
     def __init__(
         self, request: SearchRequest, cost_model: CostModel, progress: Callable[[Progress], None] | None
     ) -> None:
+        self.started = time.perf_counter()
+        self.ends = self.started + (np.inf if request.most_seconds is None else request.most_seconds)
+        """When the best plan so far is the answer, if there is one."""
         self.request, self.cost_model, self.progress = request, cost_model, progress
         self.space = Space(request=request)
         self.outside = step_overhead_seconds(cost_model)
@@ -96,7 +98,6 @@ class _Run:
         """Uniform points that are not the best one, with bounds of their seconds per sample."""
         self.open_bound = 0.0
         self.interrupted = False
-        self.started = time.perf_counter()
         self.points = sum(len(b.bases) * len(b.virtual_stages) for b in self.branches)
         self.done = self.solved = 0
 
@@ -141,8 +142,7 @@ class _Run:
 
     def is_late(self) -> bool:
         """Whether there is an answer and no more time."""
-        most = self.request.most_seconds
-        late = most is not None and self.best is not None and time.perf_counter() - self.started > most
+        late = self.best is not None and time.perf_counter() > self.ends
         self.interrupted |= late
         return late
 
@@ -217,9 +217,12 @@ class _Run:
             else:
                 self.done += 1
                 self.solved += 1
-                plan = branch.solve(virtual, base[0], cutoff)
+                deadline = np.inf if self.best is None else self.ends
+                plan = branch.solve(virtual, base[0], cutoff, deadline=deadline)
                 if plan is not None:
                     self.keep(plan)
+                if self.is_late():
+                    return  # what was cut short takes as long as this bound at least
         self.open_bound = np.inf
 
     def others(self) -> list[tuple[float, Plan]]:
@@ -268,7 +271,7 @@ class _Run:
             return self.best_uniform
         return self.best
 
-    def result(self, started: float) -> SearchResult:
+    def result(self) -> SearchResult:
         """Puts the answer together.
 
         Raises:
@@ -293,7 +296,7 @@ class _Run:
             sync_seconds=list(cost.sync_seconds),
             memory_bytes=list(cost.stage_bytes),
             samples_per_second=plan.global_batch_size / seconds,
-            search_seconds=time.perf_counter() - started,
+            search_seconds=time.perf_counter() - self.started,
             runners_up=[(p, v * p.global_batch_size) for v, p in self.others()[: self.request.runners_up]],
             best_uniform=uniform,
             best_layerwise=layerwise if self.request.layerwise else None,

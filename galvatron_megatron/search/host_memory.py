@@ -31,6 +31,13 @@ def offloads(plan: Plan) -> bool:
     return any(strategy.offload is not Offload.NONE for strategy in (plan.base, *plan.strategies))
 
 
+def offloading_no_more(request: SearchRequest, plan: Plan) -> SearchRequest:
+    """The same question where nothing else may offload than what a plan offloads, and without a limit."""
+    stays = (index for index, layer in enumerate(plan.layers) if layer.strategy.offload is Offload.NONE)
+    ends = plan.base.offload is Offload.NONE
+    return replace(request, on_device_layers=frozenset(stays), on_device_ends=ends)
+
+
 def search_within_hosts(
     request: SearchRequest, cost_model: TermCostModel, host_bytes: int | None, find: Find
 ) -> tuple[SearchResult, str | None]:

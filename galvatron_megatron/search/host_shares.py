@@ -16,6 +16,7 @@ from itertools import count
 
 import numpy as np
 
+from galvatron_megatron.search.layer_dp import LateError
 from galvatron_megatron.search.positions import Partition
 from galvatron_megatron.search.stage_answers import ROUNDING
 from galvatron_megatron.search.stage_partition import PipelineProblem
@@ -52,6 +53,7 @@ class HostShares:
         self.free = host_bytes - self.ranks @ ends
         self.unproven = np.inf
         """Step seconds that a better plan takes at least, where the search for one was cut short."""
+        self._is_late = False
 
     def excess(self, used: np.ndarray) -> np.ndarray:
         """Bytes by which stages that keep ``used`` [P] overfill every node."""
@@ -83,7 +85,7 @@ class HostShares:
         if not whole.is_possible:
             return None
         needed = whole.least_host()
-        while boxes:
+        while boxes and not self._is_late:
             bound, _, least, most = heappop(boxes)
             if bound >= cutoff * (1 - ROUNDING):
                 break
@@ -118,7 +120,12 @@ class HostShares:
             together = np.where(inside, ranks[:, None] * needed, np.inf)
             if problem.least_together(together, slowest) > free:
                 return None
-        return problem.solve(cutoff)
+        try:
+            return problem.solve(cutoff)
+        except LateError:
+            # The best so far is the answer; whoever set the deadline looks at the clock, too.
+            self._is_late = True
+            return None
 
     def _fair(self, used: np.ndarray) -> np.ndarray:
         """Limits in proportion to what stages would keep, which fit whatever they keep of them."""

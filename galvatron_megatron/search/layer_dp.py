@@ -8,6 +8,7 @@ just above the lower bound of the whole rank and widens until a path is found, s
 handful of labels per layer exist. Bytes are never rounded and the work does not depend on their number.
 """
 
+import time
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
@@ -22,6 +23,10 @@ _WIDENING = 2.0
 _SLACK = 1e-12
 _FEW = 16
 _BLOCK = 256
+
+
+class LateError(Exception):
+    """There is no more time to solve a problem."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -112,23 +117,31 @@ class StageSearch:
         self._lower = max(self._lower, ascended)
         return self._lower
 
-    def fastest(self, time_limit: float = np.inf) -> Assignment | None:
-        """Finds the fastest path, None where every one takes more than ``time_limit`` seconds."""
+    def fastest(self, time_limit: float = np.inf, deadline: float = np.inf) -> Assignment | None:
+        """Finds the fastest path, None where every one takes more than ``time_limit`` seconds.
+
+        Raises:
+            LateError: ``time.perf_counter`` passed ``deadline`` before it was found.
+        """
         lower = self._lower if self.dual else self.lower_bound(time_limit)
         if lower > time_limit:
             return None
         window = max(lower, 0.0) * _FIRST_WINDOW + 1e-12
         while True:
             allowed = min(time_limit, lower + window)
-            found = self.run(allowed)
+            found = self.run(allowed, deadline)
             if found is not None or allowed >= time_limit:
                 return found
             window *= _WIDENING
             if window > 64 * (abs(lower) + 1e-9):
-                return self.run(time_limit)
+                return self.run(time_limit, deadline)
 
-    def run(self, allowed: float) -> Assignment | None:
-        """Label setting with a given time allowed."""
+    def run(self, allowed: float, deadline: float = np.inf) -> Assignment | None:
+        """Label setting with a given time allowed.
+
+        Raises:
+            LateError: it is past the deadline.
+        """
         chain = self.chain
         rows = 5 if self.limits_host else 4
         labels = np.array([[0.0], [0.0], [0.0], [self.transient], [0.0]])[:rows]
@@ -136,6 +149,8 @@ class StageSearch:
         history: list[tuple[np.ndarray, np.ndarray] | None] = []
         limit = allowed + _SLACK * abs(allowed) if np.isfinite(allowed) else np.inf
         for index, element in enumerate(self.sequence):
+            if time.perf_counter() > deadline:
+                raise LateError
             if element == BOUNDARY:
                 labels = labels.copy()
                 labels[0] += chain.reshard[layouts, chain.base]

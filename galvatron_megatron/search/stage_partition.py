@@ -42,6 +42,7 @@ class PipelineProblem:
         micro_batches: int,
         time_limit: float = np.inf,
         numbered: dict | None = None,
+        deadline: float = np.inf,
     ) -> None:
         """Collects the sequences that can occur.
 
@@ -53,7 +54,9 @@ class PipelineProblem:
             micro_batches: m.
             time_limit: a stage slower than this many seconds is of no use.
             numbered: sequences of problems that share ``element_of``, kept for the next one.
+            deadline: reading of ``time.perf_counter`` behind which solving ends with a ``LateError``.
         """
+        self._deadline = deadline
         self.chain, self.spans, self.positions = chain, spans, positions
         self.micro_batches = micro_batches
         self.slowest_weight = micro_batches - 1 / spans.virtual_stages
@@ -232,7 +235,7 @@ class PipelineProblem:
             )
             stage.refuted.append((asked, search.lower_bound(limit) * (1 - 4 * ROUNDING)))
         else:
-            found = search.fastest(limit)
+            found = search.fastest(limit, self._deadline)
             if found is None:
                 stage.refuted.append((asked, limit))
             else:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
 from profiles import FOUR_RANKS, small_model, small_profile
 
@@ -15,9 +16,12 @@ from galvatron_megatron.errors import SearchError
 from galvatron_megatron.plan.constraints import Constraints
 from galvatron_megatron.plan.plan import LayerPlan, Plan, StagePlan
 from galvatron_megatron.plan.strategy import Offload, Recompute, Strategy
+from galvatron_megatron.search.branch import Branch
+from galvatron_megatron.search.checked_costs import CheckedCosts
+from galvatron_megatron.search.decision_tree import Space
 from galvatron_megatron.search.engine import search
 from galvatron_megatron.search.evaluation import evaluate
-from galvatron_megatron.search.host_memory import offloads, search_within_hosts
+from galvatron_megatron.search.host_memory import offloading_no_more, offloads, search_within_hosts
 from galvatron_megatron.search.host_spread import fitting_plan
 from galvatron_megatron.search.request import SearchRequest
 
@@ -209,8 +213,27 @@ def test_a_plan_that_fits_is_found_soon_and_searched_on_from():
     late = search(replace(limited, known=(plan,), most_seconds=0.0), COSTS)
     assert late.plan == plan and 0 < late.gap < 1
     assert fitting_plan(asked, 0.5, lambda plan: False, find) is None
+    restricted = search(offloading_no_more(replace(asked, memory_bytes=asked.memory_bytes * 2), plan), COSTS)
+    pairs = zip(restricted.plan.layers, plan.layers, strict=True)
+    assert all(new.strategy.offload in (Offload.NONE, old.strategy.offload) for new, old in pairs)
     everything = replace(asked, offloads=(Offload.OPTIMIZER,), memory_bytes=most)
     assert fitting_plan(everything, 0.5, lambda plan: True, find) is None
+
+
+@pytest.mark.parametrize("host", [None, max(KEPT.values()) // 2])
+def test_a_setting_is_left_when_time_is_over(host):
+    """Not between settings alone: one may take longer than all the time there is."""
+    memory = (needs(plan_with(LAYERS, True)) + needs(plan_with(0, False))) // 2
+    asked = replace(request(memory, constraints=Constraints(tp=1, pp=1, micro_batch_size=2)), host_bytes=host)
+    space, costs = Space(request=asked), CheckedCosts(COSTS)
+    found = []
+    for deadline in (0.0, np.inf):
+        branches = [Branch(space, costs, outer) for outer in space.outers()]
+        solved = [
+            branch.solve(1, base, np.inf, deadline=deadline) for branch in branches for base in branch.bases
+        ]
+        found.append(sum(plan is not None for plan in solved))
+    assert found[0] < found[1]
 
 
 def test_host_memory_is_a_number_of_bytes():
